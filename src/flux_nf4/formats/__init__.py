@@ -1,0 +1,1 @@
+"""Checkpoint files: checked reading, atomic writing, and the names of tensors as data."""
