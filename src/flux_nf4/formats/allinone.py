@@ -1,0 +1,185 @@
+"""The all-in-one file: transformer in NF4 v2, T5 in fp8, CLIP in fp16 and the VAE, in one.
+
+The layout is that of `flux1-dev-bnb-nf4-v2.safetensors`, so that every tool which reads that file
+reads ours. Planning needs shapes alone (tensors on the meta device will do); values are made one
+at a time while writing, so a file of 12 GB costs the memory of its largest tensor.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flux_nf4.errors import FormatError, InputError
+from flux_nf4.formats.bnb import tensors_from_weight
+from flux_nf4.formats.canonical import list_names
+from flux_nf4.formats.component import COMPONENT_KINDS, ComponentKind, Entry, outline
+from flux_nf4.formats.header import encode_header, plan_header
+from flux_nf4.formats.keymap import VAE_CONVOLUTION_AS_LINEAR, all_in_one_table
+from flux_nf4.formats.tensorfile import TensorSource, write_sources
+from flux_nf4.nf4.codec import NF4Weight
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from flux_nf4.formats.facts import Facts
+
+_PREFIXES: dict[ComponentKind, str] = {
+    "transformer": "model.diffusion_model.",
+    "t5": "text_encoders.t5xxl.transformer.",
+    "clip": "text_encoders.clip_l.transformer.",
+    "vae": "vae.",
+}
+# Two scalars in the reference file that nothing reads; the value is CLIP's, ln(100).
+_LOGIT_SCALES: dict[ComponentKind, str] = {
+    "t5": "text_encoders.t5xxl.logit_scale",
+    "clip": "text_encoders.clip_l.logit_scale",
+}
+_LOGIT_SCALE = 4.605170249938965
+
+
+def write_all_in_one(
+    path: str | Path,
+    components: Mapping[ComponentKind, Mapping[str, Entry]],
+    facts: Facts | None,
+    *,
+    vae_dtype: torch.dtype = torch.bfloat16,
+    logit_scales: bool = False,
+) -> None:
+    """Write components, given under canonical names, as one file in the v2 layout.
+
+    Nested weights are un-nested, exactly. `facts` go into the metadata; None writes none, as the
+    reference file has none. With `vae_dtype` float32 and `logit_scales` the file has every tensor
+    of the reference file and its length.
+
+    Raises:
+        FormatError: a name is unknown or missing, or a value does not fit the type it must take.
+        InputError: nothing to write, or another `vae_dtype` than bfloat16 and float32.
+        DiskError: the file could not be written; nothing is left behind.
+    """
+    sources = plan_all_in_one(components, vae_dtype=vae_dtype, logit_scales=logit_scales)
+    write_sources(path, sources, metadata=facts.to_metadata() if facts else None)
+
+
+def plan_all_in_one(
+    components: Mapping[ComponentKind, Mapping[str, Entry]],
+    *,
+    vae_dtype: torch.dtype = torch.bfloat16,
+    logit_scales: bool = False,
+) -> dict[str, TensorSource]:
+    """What `write_all_in_one` would write: name -> dtype, shape, and how to make the values.
+
+    Raises:
+        FormatError: a name is unknown or missing.
+        InputError: nothing to write, or another `vae_dtype` than bfloat16 and float32.
+    """
+    if vae_dtype not in (torch.bfloat16, torch.float32):
+        raise InputError(f"vae_dtype must be bfloat16 or float32, got {vae_dtype}")
+    if not components:
+        raise InputError("there is no component to write")
+    sources: dict[str, TensorSource] = {}
+    for kind in COMPONENT_KINDS:
+        if kind not in components:
+            continue
+        for name, written_name in _written_names(kind, components[kind]).items():
+            sources.update(_plan_entry(kind, components[kind], name, written_name, vae_dtype))
+        if logit_scales and kind in _LOGIT_SCALES:
+            make = partial(torch.tensor, _LOGIT_SCALE)
+            sources[_LOGIT_SCALES[kind]] = TensorSource(dtype=torch.float32, shape=(), make=make)
+    return sources
+
+
+def planned_bytes(sources: Mapping[str, TensorSource], facts: Facts | None = None) -> int:
+    """How long the file will be, header included."""
+    specs = ((name, source.dtype, source.shape) for name, source in sources.items())
+    header = plan_header(specs, facts.to_metadata() if facts else None)
+    return len(encode_header(header)) + header.data_bytes
+
+
+def _written_names(kind: ComponentKind, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Canonical name -> full name in the file, after checking that none is unknown or missing."""
+    table = all_in_one_table(kind, entries)
+    unknown = entries.keys() - table.names.keys()
+    missing = table.required(entries) - entries.keys()
+    for names, problem in ((unknown, "is given names it does not have"), (missing, "lacks")):
+        if names:
+            raise FormatError(f"the {kind} part {problem}: {list_names(names)}")
+    return {name: _PREFIXES[kind] + table.names[name][0] for name in entries}
+
+
+def _plan_entry(
+    kind: ComponentKind,
+    entries: Mapping[str, Entry],
+    name: str,
+    written_name: str,
+    vae_dtype: torch.dtype,
+) -> dict[str, TensorSource]:
+    entry = outline(entries, name)
+    if isinstance(entry, NF4Weight):
+        if kind != "transformer":
+            raise FormatError(f"`{name}` of the {kind} part is quantised; only the transformer is")
+        return _plan_quantized(entries, name, written_name, entry)
+    dtype = _written_dtype(kind, name, entry, vae_dtype)
+    is_convolution = kind == "vae" and name in VAE_CONVOLUTION_AS_LINEAR
+    shape = (*entry.shape, 1, 1) if is_convolution and entry.dim() == 2 else tuple(entry.shape)
+    make = partial(_make_plain, entries, name, dtype, shape)
+    return {written_name: TensorSource(dtype=dtype, shape=shape, make=make)}
+
+
+def _written_dtype(
+    kind: ComponentKind, name: str, entry: Tensor, vae_dtype: torch.dtype
+) -> torch.dtype:
+    if kind == "transformer":
+        if name.endswith(".scale"):
+            return torch.float32
+        return torch.bfloat16 if name.endswith(".bias") else entry.dtype
+    dtypes = {"t5": torch.float8_e4m3fn, "clip": torch.float16, "vae": vae_dtype}
+    return dtypes[kind]
+
+
+def _plan_quantized(
+    entries: Mapping[str, Entry], name: str, written_name: str, outlined: NF4Weight
+) -> dict[str, TensorSource]:
+    sources = {}
+    for full_name, tensor in tensors_from_weight(
+        written_name, outlined.with_float_absmax()
+    ).items():
+        # The small companions are values already; codes and absmax are outlines, made when due.
+        suffix = full_name.removeprefix(written_name)
+        make = (
+            partial(_make_quantized, entries, name, suffix)
+            if tensor.is_meta
+            else partial(_given, tensor)
+        )
+        sources[full_name] = TensorSource(dtype=tensor.dtype, shape=tuple(tensor.shape), make=make)
+    return sources
+
+
+def _make_quantized(entries: Mapping[str, Entry], name: str, suffix: str) -> Tensor:
+    weight = entries[name]
+    assert isinstance(weight, NF4Weight)
+    return weight.codes.view(-1, 1) if suffix == "" else weight.float_absmax()
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _make_plain(
+    entries: Mapping[str, Entry], name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
+    tensor = entries[name]
+    assert isinstance(tensor, Tensor)
+    if tensor.dtype != dtype and tensor.numel():
+        # Casting would turn what is out of range into NaN or infinity without a word.
+        largest = tensor.abs().amax() if tensor.dtype.itemsize > 1 else tensor.float().abs().amax()
+        limit = torch.finfo(dtype).max
+        if not largest.item() <= limit:
+            raise FormatError(
+                f"`{name}` holds {largest.item()}, which {dtype} cannot hold (at most {limit})"
+            )
+    return tensor.to(dtype).view(shape)

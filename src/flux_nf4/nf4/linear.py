@@ -1,0 +1,158 @@
+"""A linear layer that keeps its weight in NF4 and expands it at every use.
+
+Equals `F.linear` on the dequantised weight, bit for bit. The trade-off: expanding costs time at
+every call, and saves three quarters of the memory; nothing expanded outlives a call, not even
+between a forward and its backward, where it is expanded again.
+
+The weight itself is frozen: gradients reach the input, never the codes.
+
+Shape letters, in this module only:
+    N  out features     G  blocks, N*K / block_size     *  any leading dimensions
+    K  in features      P  bytes, N*K / 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flux_nf4.errors import ShapeError
+from flux_nf4.nf4 import ops
+from flux_nf4.nf4.codec import NESTED_BLOCK_SIZE, NestedAbsmax, NF4Weight, QuantType
+
+_NESTED = ("nested_codes", "nested_absmax", "nested_levels", "nested_offset")
+
+
+class NF4Linear(nn.Module):
+    """`nn.Linear` with an NF4 weight: x (*, K) -> (*, N), computed in x's dtype.
+
+    State: `codes`, and `absmax` (v2) or `nested_codes`, `nested_absmax`, `nested_levels`,
+    `nested_offset` (v1), and `bias` if there is one. They move with `.to(device)`, but no
+    `.to(dtype)` casts them: what the state holds is what the file holds.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_codes: Tensor
+    nested_absmax: Tensor
+    nested_levels: Tensor
+    nested_offset: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+        """Take over the tensors of `weight` without copying them.
+
+        Raises:
+            ShapeError: `bias` is not (N,).
+        """
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ShapeError(
+                f"bias must have shape ({self.out_features},), got {tuple(bias.shape)}"
+            )
+        self.block_size = weight.block_size
+        self.quant_type: QuantType = weight.quant_type
+        self.dtype = weight.dtype
+        self.is_nested = weight.is_nested
+        self.nested_block_size = NESTED_BLOCK_SIZE
+        self.register_buffer("codes", weight.codes)
+        if isinstance(weight.absmax, NestedAbsmax):
+            self.nested_block_size = weight.absmax.block_size
+            for name, tensor in zip(_NESTED, weight.absmax.tensors(), strict=True):
+                self.register_buffer(name, tensor)
+        else:
+            self.register_buffer("absmax", weight.absmax)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def weight(self) -> NF4Weight:
+        """The weight as data; it shares memory with the layer."""
+        absmax: Tensor | NestedAbsmax
+        if self.is_nested:
+            absmax = NestedAbsmax(
+                codes=self.nested_codes,
+                absmax=self.nested_absmax,
+                levels=self.nested_levels,
+                offset=float(self.nested_offset),
+                block_size=self.nested_block_size,
+            )
+        else:
+            absmax = self.absmax
+        return NF4Weight(
+            codes=self.codes,
+            absmax=absmax,
+            shape=(self.out_features, self.in_features),
+            block_size=self.block_size,
+            quant_type=self.quant_type,
+            dtype=self.dtype,
+        )
+
+    def expand(self, dtype: torch.dtype) -> Tensor:
+        """The dequantised weight, () -> (N, K) `dtype`."""
+        layout = ((self.out_features, self.in_features), self.block_size, self.quant_type, dtype)
+        if not self.is_nested:
+            return ops.dequantize_4bit(self.codes, self.absmax, *layout)
+        nested = [self.nested_codes, self.nested_absmax, self.nested_levels, self.nested_offset]
+        return ops.dequantize_4bit_nested(self.codes, nested, self.nested_block_size, *layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the weight, add the bias.
+
+        x (*, K) -> (*, N), in x's dtype.
+
+        Raises:
+            ShapeError: the last dimension of `x` is not K.
+            InputError: the dtype of `x` is not one that weights expand to.
+        """
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"the input's last dimension must be {self.in_features}, got {tuple(x.shape)}"
+            )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _FrozenLinear.apply(x, bias, self.expand)  # type: ignore[no-untyped-call]
+        return functional.linear(x, self.expand(x.dtype), bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.to(dtype)`, `.half()` and their kin come through here. Follow them to another device,
+        # but keep each dtype: absmax in bfloat16 would move every weight by up to 0.39 %.
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """The arguments that `repr` shows."""
+        nested = ", nested" if self.is_nested else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self.quant_type}, block_size={self.block_size}{nested}"
+        )
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """`F.linear` whose backward expands the weight again instead of keeping it."""
+
+    @staticmethod
+    def forward(x: Tensor, bias: Tensor | None, expand: Callable[[torch.dtype], Tensor]) -> Tensor:
+        """As `F.linear`: x (*, K) -> (*, N)."""
+        return functional.linear(x, expand(x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        """Keep the way to the weight, not the weight."""
+        ctx.expand = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient (*, N) -> (*, K); none for the bias and the weight."""
+        (gradient,) = gradients
+        return gradient @ ctx.expand(gradient.dtype), None, None
