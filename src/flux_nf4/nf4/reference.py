@@ -1,7 +1,7 @@
 """NF4 in plain PyTorch: runs on every device, and is the oracle for every kernel.
 
 Equal to bitsandbytes 0.50.2 on a CPU bit for bit: codes, absmax, nested statistics, and what all
-of them decode to. Its rules, as found by experiment on that version:
+of them decode to. Its rules, read from that version and confirmed by experiment:
 
 - a block is scaled by the reciprocal of its absmax, not divided by it;
 - thresholds are the float32 midpoints of neighbouring levels, and a value on one takes the lower;
