@@ -1,0 +1,212 @@
+"""`flux-nf4 info`: what a checkpoint holds, or how an image was made. Reads headers only."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flux_nf4.cli.console import print_data, print_json, printable, styled
+from flux_nf4.cli.findings import num_bytes_text
+from flux_nf4.cli.model_checks import PART_NAMES
+from flux_nf4.cli.options import argument
+from flux_nf4.cli.verb import Verb, debug_option, json_option
+from flux_nf4.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from flux_nf4.formats.checkpoint import Checkpoint
+    from flux_nf4.pipeline.image_metadata import ImageRecord, ImageSettings
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_COLUMN = 14
+# A1111's names of what `generate` can be told, and its options for them.
+_A1111_OPTIONS = {
+    "Negative prompt": "--negative",
+    "Seed": "--seed",
+    "Size": "--size",
+    "Steps": "--steps",
+    "Distilled CFG Scale": "--guidance",
+    "CFG scale": "--true-cfg",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InfoOptions:
+    """The options of `info`."""
+
+    path: str | None = argument("PATH", help="a checkpoint (file or folder) or a PNG image")
+    json: bool = json_option()
+    debug: bool = debug_option()
+
+
+def run(options: InfoOptions) -> int:
+    """Tell what is at a path."""
+    if options.path is None:
+        raise InputError(
+            "no path is given", hint="name a checkpoint or an image: `flux-nf4 info PATH`"
+        )
+    path = Path(options.path).expanduser()
+    described = _describe_image(path) if _is_png(path) else _describe_checkpoint(path)
+    if options.json:
+        print_json(described.values, indent=2)
+    else:
+        print_data("\n".join(printable(line) for line in described.lines))
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """The same twice: for programs, and for people."""
+
+    values: Mapping[str, Any]
+    lines: tuple[str, ...]
+
+
+def _is_png(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
+    except OSError:  # a folder, or nothing: opening it as a checkpoint says which
+        return False
+
+
+def _describe_checkpoint(path: Path) -> Description:
+    from flux_nf4.formats.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    parts = [
+        {
+            "part": kind,
+            "source": str(component.source),
+            "bytes": component.num_bytes,
+            "stored": {
+                form: {"tensors": stored.num_tensors, "bytes": stored.num_bytes}
+                for form, stored in component.summary().items()
+            },
+        }
+        for kind, component in checkpoint.components.items()
+    ]
+    values = {
+        "kind": "checkpoint",
+        "path": str(checkpoint.path),
+        "layout": checkpoint.layout,
+        "variant": checkpoint.variant,
+        "quantization": checkpoint.quantization,
+        "bytes": sum(component.num_bytes for component in checkpoint.components.values()),
+        "parts": parts,
+        "missing": list(checkpoint.missing),
+        "facts": dataclasses.asdict(checkpoint.facts),
+        "notes": list(checkpoint.notes),
+    }
+    return Description(values=values, lines=tuple(_checkpoint_lines(checkpoint, values)))
+
+
+def _checkpoint_lines(checkpoint: Checkpoint, values: Mapping[str, Any]) -> list[str]:
+    facts = checkpoint.facts
+    lines = [
+        checkpoint.path.name or str(checkpoint.path),
+        *_rows(
+            {
+                "model": f"FLUX.1 {checkpoint.variant} ({facts.name})",
+                "layout": checkpoint.layout,
+                "weights": checkpoint.quantization,
+                "size": num_bytes_text(values["bytes"]),
+                "licence": facts.licence,
+                "draws": f"{facts.default_size} x {facts.default_size} pixels by itself, prompts "
+                f"of up to {facts.max_sequence_length} tokens",
+            }
+        ),
+        "",
+        f"  {'part':<{_COLUMN}}{'stored as':<12}{'tensors':>8}{'bytes':>18}",
+    ]
+    for part in values["parts"]:
+        name = PART_NAMES[part["part"]]
+        for form, stored in part["stored"].items():
+            lines.append(
+                f"  {name:<{_COLUMN}}{form:<12}{stored['tensors']:>8,}{stored['bytes']:>18,}"
+            )
+            name = ""
+    lacking = (f"  {PART_NAMES[kind]:<{_COLUMN}}missing" for kind in checkpoint.missing)
+    return [*lines, *lacking, *(f"  note: {note}" for note in checkpoint.notes)]
+
+
+def _describe_image(path: Path) -> Description:
+    from flux_nf4.pipeline.image_metadata import read_image
+
+    record = read_image(path)
+    settings = record.settings
+    command = _command(settings) if settings else _command_from_a1111(record.pairs)
+    values = {
+        "kind": "image",
+        "path": str(path),
+        "width": record.width,
+        "height": record.height,
+        "is_declared_generated": record.is_declared_generated,
+        "settings": dataclasses.asdict(settings) if settings else None,
+        "parameters": record.parameters,
+        "command": command,
+    }
+    return Description(values=values, lines=tuple(_image_lines(path, record, command)))
+
+
+def _image_lines(path: Path, record: ImageRecord, command: str) -> list[str]:
+    if record.settings is not None:
+        shown: dict[str, object] = dataclasses.asdict(record.settings)
+        origin = f"made by flux-nf4 {shown.pop('version')}"
+    else:
+        shown = dict(record.pairs)
+        origin = "with settings as A1111 writes them" if shown else "without settings in it"
+    lines = [f"{path.name}: {record.width} x {record.height} pixels, {origin}"]
+    lines += _rows({name.replace("_", " "): value for name, value in shown.items()})
+    if command:
+        lines += ["", "again:", f"  {command}"]
+    return lines
+
+
+def _rows(values: Mapping[str, object]) -> Iterable[str]:
+    width = max((len(name) for name in values), default=0) + 2
+    for name, value in values.items():
+        if value not in ("", None):
+            yield f"  {styled(f'{name:<{width}}', 'dim')}{value}"
+
+
+def _command(settings: ImageSettings) -> str:
+    """The command that makes the image once more; a model of one's own by its name."""
+    words = ["flux-nf4", "generate", settings.prompt]
+    if settings.negative_prompt:
+        words += ["--negative", settings.negative_prompt]
+    words += ["--seed", str(settings.seed), "--size", f"{settings.width}x{settings.height}"]
+    words += ["--steps", str(settings.num_inference_steps)]
+    if settings.distilled_guidance_scale is not None:
+        words += ["--guidance", f"{settings.distilled_guidance_scale:g}"]
+    if settings.guidance_scale != 1:
+        words += ["--true-cfg", f"{settings.guidance_scale:g}"]
+    if settings.schedule != "flux":
+        words += ["--schedule", settings.schedule]
+    words += ["-m", "demo" if "demo" in settings.model else f"PATH/TO/{settings.model}"]
+    return shlex.join(words)
+
+
+def _command_from_a1111(pairs: Mapping[str, str]) -> str:
+    if not pairs.get("Prompt"):
+        return ""
+    words = ["flux-nf4", "generate", pairs["Prompt"]]
+    for name, flag in _A1111_OPTIONS.items():
+        if name in pairs:
+            words += [flag, pairs[name]]
+    if pairs.get("Schedule type") == "Simple":
+        words += ["--schedule", "forge"]
+    return shlex.join([*words, "-m", f"PATH/TO/{pairs.get('Model', 'MODEL')}"])
+
+
+VERB = Verb(
+    name="info",
+    summary="Show what a checkpoint holds, or how an image was made.",
+    options=InfoOptions,
+    run=run,
+    examples=("flux1-dev-bnb-nf4-v2.safetensors", "outputs/a-red-apple-7.png --json"),
+)
