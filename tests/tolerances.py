@@ -36,3 +36,7 @@ EXACT_PSNR = 60.0
 TRAINING_TWIN_FP32 = 5e-6
 # Singular values after Muon's five iterations, of which the published ones end in 0.68 to 1.13.
 MUON_SINGULAR_VALUES = (0.5, 1.3)
+
+# Processor seconds of `flux-nf4 --help`, promised within 0.4 s; 0.1 s seen. Importing torch by
+# mistake costs more than 1 s.
+HELP_CPU_SECONDS = 0.4

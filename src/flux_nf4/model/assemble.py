@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_nf4.errors import FormatError, InputError
+from flux_nf4.formats.bnb import check_absmax_is_finite
 from flux_nf4.formats.component import Component, Entry
 from flux_nf4.model.fp8 import FP8_DTYPES, Fp8Embedding, Fp8Linear
 from flux_nf4.model.sizes import entry_shape
@@ -63,6 +64,9 @@ def assemble(
             leaf: component.entries[names[prefix + leaf]]
             for leaf, _ in owner.named_parameters(recurse=False)
         }
+        weight = given.get("weight")
+        if isinstance(weight, NF4Weight):
+            check_absmax_is_finite(names[f"{prefix}weight"], weight)
         layer = _quantised_layer(owner, given, device, dtype)
         if layer is not None:
             module.set_submodule(path, layer)

@@ -43,10 +43,12 @@ class Autoencoder(nn.Module):
         return self.model.decoder.conv_in.weight.dtype
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) -> images (B, 3, 8 * H, 8 * W) in [-1, 1], in the model's dtype."""
+        """(B, C, H, W) -> images (B, 3, 8 * H, 8 * W), in the model's dtype.
+
+        The range is about [-1, 1] and is not enforced: a clamp would hide infinity.
+        """
         shifted = latents_BCHW.float() / self.scaling_factor + self.shift_factor
-        images_B3PQ = self.model.decode(shifted.to(self.dtype), return_dict=False)[0]
-        return images_B3PQ.clamp(-1, 1)
+        return self.model.decode(shifted.to(self.dtype), return_dict=False)[0]
 
     def encode(self, images_B3PQ: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, 3, P, Q) in [-1, 1] -> latents (B, C, P / 8, Q / 8) float32.

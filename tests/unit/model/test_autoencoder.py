@@ -1,4 +1,4 @@
-"""The autoencoder's shapes, ranges and refusals."""
+"""The autoencoder's shapes and refusals."""
 
 from dataclasses import replace
 
@@ -20,12 +20,12 @@ def test_decoding_doubles_the_size_at_every_level_but_one(vae):
     assert (images.shape, built.pixels_per_latent) == ((2, 3, 6, 10), 2)
 
 
-def test_decoded_values_stay_within_one(vae):
+def test_decoding_does_not_hide_infinity(vae):
     built = build_autoencoder(vae, FACTS, **BUILD)
     with torch.no_grad():
-        built.model.decoder.conv_out.bias.fill_(7.0)
+        built.model.decoder.conv_out.bias.fill_(float("inf"))
         images = built.decode(torch.randn(1, 16, 4, 4))
-    assert images.abs().max() == 1
+    assert images.isinf().all()
 
 
 def test_decoding_keeps_not_a_number(vae):

@@ -1,0 +1,256 @@
+"""`FluxPipeline`: the few lines of Python that people already write, for every file they have.
+
+The call looks like Diffusers', with two differences that are stated and not hidden:
+`guidance_scale` is true classifier-free guidance (1 is off), and `distilled_guidance_scale` is
+what FLUX.1-dev embeds; a seed may be given in place of a generator.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
+
+from flux_nf4.errors import InputError, ModelNotFoundError
+from flux_nf4.pipeline.bnb_config import parse_dtype, parse_quantization_config
+from flux_nf4.pipeline.decode import decode_latents, to_pictures
+from flux_nf4.pipeline.generate import LatentsDone, generate_latents
+from flux_nf4.pipeline.load import LoadSettings, Model, load_model
+from flux_nf4.pipeline.request import GenerationRequest
+from flux_nf4.pipeline.sampling import MAX_SEED, draw_noise_from, pack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from PIL.Image import Image
+    from torch import Generator, Tensor
+
+    from flux_nf4.pipeline.generate import StepHook
+
+    Images: TypeAlias = list[Image] | np.ndarray[Any, np.dtype[np.float32]] | Tensor
+    StepCallback: TypeAlias = Callable[
+        ["FluxPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None
+    ]
+
+OutputType: TypeAlias = Literal["pil", "np", "pt", "latent"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FluxPipelineOutput:
+    """What a call gives: images in the form asked for, and each one's seed (None: a generator's).
+
+    `pil`: a list of pictures. `np`: (N, H, W, 3) float32 in [0, 1]. `pt`: (N, 3, H, W), the same.
+    `latent`: (N, tokens, 64), packed and not decoded, as Diffusers gives them.
+    """
+
+    images: Images
+    seeds: tuple[int | None, ...]
+
+
+class FluxPipeline:
+    """A FLUX.1 text-to-image pipeline on NF4, FP4 or plain weights."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: str | None = "auto",
+        quantization_config: object | None = None,
+    ) -> FluxPipeline:
+        """Load an all-in-one file, a folder that holds exactly one, or a Diffusers folder.
+
+        `quantization_config` states the wished format: a dict with BitsAndBytesConfig's four-bit
+        keys, or such an object. Plain weights are quantised while loading; weights that are
+        quantised already must agree with it. `device_map`: `auto`, or the name of a device.
+
+        Raises:
+            ModelNotFoundError: nothing is there, or a part is missing.
+            FormatError: a file is damaged.
+            InputError: two files, an unknown key, or a wish that the file does not meet.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if not path.exists():
+            raise ModelNotFoundError(
+                f"`{path}` is neither a file nor a folder here",
+                hint="give the path of a file or folder on this machine: nothing is downloaded",
+            )
+        if device_map is not None and not isinstance(device_map, str):
+            raise InputError(f"`device_map` must be `auto` or a device, got `{device_map!r}`")
+        dtype = None if torch_dtype in (None, "auto") else parse_dtype("torch_dtype", torch_dtype)
+        wish = None
+        if quantization_config is not None:
+            wish, compute_dtype = parse_quantization_config(quantization_config)
+            if dtype and compute_dtype and dtype != compute_dtype:
+                raise InputError(
+                    f"`torch_dtype` {dtype} and `bnb_4bit_compute_dtype` {compute_dtype} disagree",
+                    hint="give one of them, or the same twice",
+                )
+            dtype = dtype or compute_dtype
+        settings = LoadSettings(device=device_map or "auto", dtype=dtype, quantization=wish)
+        return cls(load_model(path, settings))
+
+    def __call__(  # noqa: PLR0913  the arguments are Diffusers'
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.0,
+        distilled_guidance_scale: float = 3.5,
+        seed: int | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> FluxPipelineOutput:
+        """Draw `num_images_per_prompt` images of each prompt, one image at a time.
+
+        Image `i` of the call has the seed `seed + i`; without a seed one is drawn and told in the
+        output. A `generator` gives the noise that Diffusers would draw from it; `latents` is
+        noise of your own, packed (N, tokens, 64). Sizes are in pixels, by default the model's own.
+        `callback_on_step_end(pipeline, step, timestep, {"latents": ...})` may return other latents.
+
+        Raises:
+            InputError: a value is out of range or of the wrong kind.
+            NumericalError: a stage gave NaN or infinity.
+        """
+        if output_type not in get_args(OutputType):
+            names = ", ".join(f"`{name}`" for name in get_args(OutputType))
+            raise InputError(f"`output_type` must be one of {names}, got `{output_type!r}`")
+        prompts, negatives = _pair_prompts(prompt, negative_prompt)
+        if seed is not None and generator is not None:
+            raise InputError("`seed` and `generator` both fix the noise: give one of them")
+        size = self.model.facts.default_size
+        template = GenerationRequest(
+            prompt="",
+            width=size if width is None else width,
+            height=size if height is None else height,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            distilled_guidance_scale=distilled_guidance_scale,
+            num_images=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+        )
+        num_images = num_images_per_prompt * len(prompts)
+        if latents is None and generator is not None:
+            latents = _noise_from(generator, num_images, template)
+        _check_latents(latents, num_images)
+        first_seed = secrets.randbelow(2**32) if seed is None else seed
+
+        done: list[Tensor] = []
+        for i, (positive, negative) in enumerate(zip(prompts, negatives, strict=True)):
+            first = i * num_images_per_prompt
+            last = first + num_images_per_prompt
+            events = generate_latents(
+                self.model,
+                replace(
+                    template,
+                    prompt=positive,
+                    negative_prompt=negative,
+                    seed=_seed(first_seed, first),
+                ),
+                initial_BLD=None if latents is None else latents[first:last],
+                on_step=self._step_hook(callback_on_step_end),
+            )
+            done += [
+                self._finish(e, template, output_type) for e in events if isinstance(e, LatentsDone)
+            ]
+        seeds = [None if latents is not None else first_seed + i for i in range(num_images)]
+        return FluxPipelineOutput(images=_collect(done, output_type), seeds=tuple(seeds))
+
+    def _finish(self, event: LatentsDone, request: GenerationRequest, output_type: str) -> Tensor:
+        # A clone made out here is an ordinary tensor, which autograd and in-place changes accept.
+        if output_type == "latent":
+            return event.tokens.clone()
+        with torch.inference_mode():
+            images = decode_latents(self.model, event.tokens, request.width, request.height)
+        return images.clone()
+
+    def _step_hook(self, callback: StepCallback | None) -> StepHook | None:
+        if callback is None:
+            return None
+
+        def on_step(step: int, sigma: float, latents: Tensor) -> Tensor | None:
+            returned = callback(self, step, 1000 * sigma, {"latents": latents})
+            return None if returned is None else returned.get("latents")
+
+        return on_step
+
+
+def _pair_prompts(prompt: object, negative_prompt: object) -> tuple[list[str], list[str]]:
+    prompts = _as_texts("prompt", prompt)
+    if not prompts:
+        raise InputError("`prompt` is an empty list")
+    negatives = [""] if negative_prompt is None else _as_texts("negative_prompt", negative_prompt)
+    if len(negatives) == 1:
+        negatives *= len(prompts)
+    if len(negatives) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts and {len(negatives)} negative prompts")
+    return prompts, negatives
+
+
+def _as_texts(name: str, value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Sequence) and all(isinstance(text, str) for text in value):
+        return list(value)
+    raise InputError(f"`{name}` must be a text or a list of texts, got `{type(value).__name__}`")
+
+
+def _seed(first_seed: object, offset: int) -> Any:
+    # What is not a whole number is left for the request to refuse, in its words.
+    if isinstance(first_seed, int) and 0 <= first_seed <= MAX_SEED:
+        return first_seed + offset
+    return first_seed
+
+
+def _noise_from(
+    generator: Generator | Sequence[Generator], num_images: int, request: GenerationRequest
+) -> Tensor:
+    size = request.width, request.height
+    generators = list(generator) if isinstance(generator, Sequence) else [generator]
+    if not all(isinstance(each, torch.Generator) for each in generators):
+        raise InputError(
+            f"`generator` must be a torch.Generator or several, got `{generator!r:.80}`"
+        )
+    if len(generators) == 1:
+        return pack(draw_noise_from(generators[0], num_images, *size))
+    if len(generators) != num_images:
+        raise InputError(f"{len(generators)} generators for {num_images} images")
+    return torch.cat([pack(draw_noise_from(each, 1, *size)) for each in generators])
+
+
+def _check_latents(latents: Tensor | None, num_images: int) -> None:
+    if latents is None:
+        return
+    if (
+        not isinstance(latents, torch.Tensor)
+        or not latents.is_floating_point()
+        or latents.ndim != 3
+    ):
+        raise InputError("`latents` must be a packed tensor (images, tokens, 64) of real numbers")
+    if len(latents) != num_images:
+        raise InputError(f"`latents` holds {len(latents)} rows for {num_images} images")
+
+
+def _collect(done: list[Tensor], output_type: str) -> Images:
+    joined = torch.cat(done)
+    if output_type == "pil":
+        return to_pictures(joined)
+    if output_type == "np":
+        return joined.permute(0, 2, 3, 1).cpu().numpy()
+    return joined

@@ -1,0 +1,261 @@
+"""From a path to a model that can draw: which parts, on which device, in which arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from flux_nf4.errors import FormatError, InputError, ModelNotFoundError
+from flux_nf4.formats.checkpoint import Checkpoint, open_checkpoint
+from flux_nf4.model.build import build_autoencoder, build_clip, build_t5, build_transformer
+from flux_nf4.pipeline.convert import QuantizationWish, quantize_component
+from flux_nf4.pipeline.sampling import LATENT_CHANNELS, PIXELS_PER_LATENT
+from flux_nf4.pipeline.tokenizers import Tokenizers, load_tokenizers
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from flux_nf4.formats.checkpoint import Component, ComponentKind
+    from flux_nf4.formats.facts import Facts
+    from flux_nf4.model.autoencoder import Autoencoder
+    from flux_nf4.model.text import ClipTextEncoder, T5Encoder
+    from flux_nf4.model.transformer import FluxTransformer
+
+DEMO_FILE = "flux-demo-nf4-v2.safetensors"
+COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSettings:
+    """Where and how to compute.
+
+    `device`: `auto` (a CUDA device if there is one, else the CPU), or what `torch.device` takes.
+    `dtype` None: bfloat16 where the device is fast in it, else float32; float16 is refused, as
+    FLUX's activations overflow it. `quantization` None: the weights as the file has them.
+
+    Raises:
+        InputError: the device is unknown or absent, or the dtype is not one to compute in.
+    """
+
+    device: str = "auto"
+    dtype: torch.dtype | None = None
+    quantization: QuantizationWish | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in COMPUTE_DTYPES:
+            raise InputError(
+                f"cannot compute in `{self.dtype}`",
+                hint="use bfloat16 or float32: FLUX overflows float16",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Model:
+    """A model, loaded: four networks, their tokenizers, and what is known about them."""
+
+    path: Path
+    facts: Facts
+    variant: str
+    quantization: str
+    device: torch.device
+    dtype: torch.dtype
+    tokenizers: Tokenizers
+    t5: T5Encoder
+    clip: ClipTextEncoder
+    transformer: FluxTransformer
+    autoencoder: Autoencoder
+    notes: tuple[str, ...] = ()
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the distilled guidance scale has an effect (dev: yes; schnell: no)."""
+        return self.transformer.config.guidance_embed
+
+
+def load_model(path: str | Path | None, settings: LoadSettings | None = None) -> Model:
+    """Load a checkpoint file or folder; None is the demo model inside the package.
+
+    Raises:
+        ModelNotFoundError: nothing is there, or a part that an image needs is missing.
+        FormatError: a file is damaged, or its parts do not belong together.
+        InputError: a setting does not fit the machine or the file; the variant needs an image.
+    """
+    checkpoint = open_checkpoint(demo_path() if path is None else path)
+    return assemble_model(checkpoint, settings or LoadSettings())
+
+
+def assemble_model(checkpoint: Checkpoint, settings: LoadSettings) -> Model:
+    """Make a model of a checkpoint that is open already.
+
+    Raises:
+        ModelNotFoundError, FormatError, InputError: as `load_model`.
+    """
+    device = resolve_device(settings.device)
+    dtype = settings.dtype or default_dtype(device)
+    checkpoint.require_complete()
+    check_variant(checkpoint)
+    check_facts(checkpoint.facts)
+    if settings.quantization is not None:
+        components = dict(checkpoint.components)
+        components["transformer"] = quantize_component(
+            components["transformer"], settings.quantization
+        )
+        checkpoint = dataclasses.replace(checkpoint, components=components)
+
+    components, facts = dict(checkpoint.components), checkpoint.facts
+    tokenizers = load_tokenizers(checkpoint)
+    check_vocabularies(tokenizers, components)
+    model = Model(
+        path=checkpoint.path,
+        facts=facts,
+        variant=checkpoint.variant,
+        quantization=checkpoint.quantization,
+        device=device,
+        dtype=dtype,
+        tokenizers=tokenizers,
+        t5=build_t5(components["t5"], device=device, dtype=dtype),
+        clip=build_clip(components["clip"], facts, device=device, dtype=dtype),
+        transformer=build_transformer(components["transformer"], device=device, dtype=dtype),
+        autoencoder=build_autoencoder(components["vae"], facts, device=device, dtype=dtype),
+        notes=checkpoint.notes,
+    )
+    check_parts_match(model)
+    return model
+
+
+def demo_path() -> Path:
+    """Where the demo model lies.
+
+    Raises:
+        ModelNotFoundError: this installation does not have it.
+    """
+    path = Path(str(resources.files("flux_nf4"))) / "assets" / "demo" / DEMO_FILE
+    if not path.is_file():
+        raise ModelNotFoundError(
+            f"the built-in demo model is missing: `{path}`",
+            hint="install flux-nf4 again, or give a model of your own with `--model`",
+        )
+    return path
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `name` means on this machine.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(
+            f"`{name}` is not a device", hint="use `auto`, `cpu`, `cuda`, `cuda:1` or `mps`"
+        ) from error
+    is_there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not is_there.get(device.type, False):
+        raise InputError(
+            f"this machine has no device `{name}` that PyTorch {torch.__version__} can use",
+            hint="`flux-nf4 doctor` tells what it has; `cpu` always works",
+        )
+    return device
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies matrices in it, else float32.
+
+    Of CPUs only those with AMX do. Measured on two cores of one, 20 steps of the demo model:
+    bfloat16 0.47 s, float32 0.61 s; with AMX off 0.73 s against 0.61 s; with AVX2 alone 18 s.
+    """
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        has_bfloat16 = bool(_cpu_capabilities().get("amx_bf16"))
+    else:
+        has_bfloat16 = False
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def _cpu_capabilities() -> dict[str, object]:
+    # Younger than the oldest PyTorch that is supported.
+    read = getattr(torch.cpu, "get_capabilities", dict)
+    return dict(read())
+
+
+def check_variant(checkpoint: Checkpoint) -> None:
+    """Raises InputError for the variants that edit an image, which are not supported yet."""
+    if checkpoint.variant not in ("dev", "schnell"):
+        raise InputError(
+            f"`{checkpoint.path}` is FLUX.1 {checkpoint.variant}, which needs an input image; "
+            "that is not supported yet",
+            hint="use a text-to-image model: FLUX.1-dev, FLUX.1-schnell or one made from them",
+        )
+
+
+def check_facts(facts: Facts) -> None:
+    """Raises FormatError unless the numbers in a file's facts are ones to compute with."""
+    bounds = {
+        "default_size": (64, 4096),
+        "max_sequence_length": (2, 512),
+        "vae_scaling_factor": (1e-3, 1e3),
+        "vae_shift_factor": (-1e3, 1e3),
+        "shift": (1e-3, 1e3),
+        "base_shift": (-10.0, 10.0),
+        "max_shift": (-10.0, 10.0),
+        "base_image_seq_len": (1, 10**6),
+        "max_image_seq_len": (facts.base_image_seq_len + 1, 10**6),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(facts, name)
+        if not math.isfinite(value) or not low <= value <= high:
+            raise FormatError(f"the model's `{name}` must lie in {low:g} to {high:g}, got {value}")
+    if facts.default_size % 16:
+        raise FormatError(f"the model's `default_size` {facts.default_size} is no multiple of 16")
+
+
+def check_parts_match(model: Model) -> None:
+    """Raises FormatError unless the parts are of one model, with FLUX.1's latents (16 x, 8 x 8)."""
+    config, autoencoder = model.transformer.config, model.autoencoder
+    channels, reduction = autoencoder.latent_channels, autoencoder.pixels_per_latent
+    if (channels, reduction) != (LATENT_CHANNELS, PIXELS_PER_LATENT):
+        raise FormatError(
+            f"the VAE has {channels} channels of {reduction} x {reduction} pixels; FLUX.1's has "
+            f"{LATENT_CHANNELS} of {PIXELS_PER_LATENT} x {PIXELS_PER_LATENT}"
+        )
+    pairs = (
+        ("predicts", config.out_channels, "VAE reads", 4 * channels),
+        ("reads text tokens of", config.context_dim, "T5 makes", model.t5.hidden_size),
+        ("reads a pooled text of", config.pooled_dim, "CLIP makes", model.clip.hidden_size),
+    )
+    for reads, width, other, other_width in pairs:
+        if width != other_width:
+            raise FormatError(
+                f"the transformer {reads} {width} channels, and the {other} {other_width}",
+                hint="its parts come from different models",
+            )
+
+
+def check_vocabularies(tokenizers: Tokenizers, components: dict[ComponentKind, Component]) -> None:
+    """Raises FormatError where a tokenizer knows tokens that its encoder has no vector for."""
+    pairs: tuple[tuple[ComponentKind, Tokenizer, str], ...] = (
+        ("t5", tokenizers.t5, "shared.weight"),
+        ("clip", tokenizers.clip, "text_model.embeddings.token_embedding.weight"),
+    )
+    for kind, tokenizer, name in pairs:
+        embedding = components[kind].entries.get(name)
+        num_tokens = tokenizer.get_vocab_size()
+        if embedding is not None and num_tokens > embedding.shape[0]:
+            raise FormatError(
+                f"the {kind} tokenizer knows {num_tokens} tokens, and the {kind} encoder has "
+                f"vectors for {embedding.shape[0]}"
+            )

@@ -1,0 +1,150 @@
+"""PNG chunks: text into a file, atomically, and back out of any file, however hostile.
+
+Reading walks the chunks and never decodes a pixel, so a picture of any size costs nothing; what
+it keeps is bounded. Format: PNG specification, third edition (W3C), sections 5 and 11.3.3.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from flux_nf4.errors import DiskError, FormatError, InputError
+from flux_nf4.formats.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from PIL.Image import Image
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_TEXT_BYTES = 4 * 2**20  # of all texts of one file together, decompressed
+MAX_CHUNKS = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PngTexts:
+    """What a PNG says of itself: its size in pixels, and the first text of each keyword."""
+
+    width: int
+    height: int
+    texts: Mapping[str, str]
+
+
+def write_png(path: str | Path, image: Image, texts: Mapping[str, str]) -> None:
+    """Save an image with its texts; the file is there whole, or as it was before.
+
+    Text goes into `tEXt` where Latin-1 can hold it and into `iTXt` otherwise, as Pillow and so
+    A1111 do.
+
+    Raises:
+        InputError: the name does not end in `.png`.
+        DiskError: no such folder, no permission, no space.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"`{path}` does not end in `.png`, the one format that is written")
+    info = PngInfo()
+    for keyword, text in texts.items():
+        if keyword == "parameters":
+            info.add_text(keyword, text)
+        else:
+            info.add_itxt(keyword, text)
+    with atomic_file(path) as file:
+        image.save(file, format="PNG", pnginfo=info)
+
+
+def read_png_texts(path: str | Path) -> PngTexts:
+    """Read the size and the texts of a PNG.
+
+    Raises:
+        DiskError: the file cannot be read.
+        FormatError: it is not a PNG, cut short, damaged, or its texts are beyond all measure.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return _read_chunks(file, Path(path))
+    except OSError as error:
+        raise DiskError(f"`{path}` cannot be read: {error.strerror or error}") from error
+
+
+def _read_chunks(file: IO[bytes], path: Path) -> PngTexts:
+    size = os.fstat(file.fileno()).st_size
+    if file.read(8) != SIGNATURE:
+        raise FormatError(f"`{path}` is not a PNG")
+    dimensions: tuple[int, int] | None = None
+    texts: dict[str, str] = {}
+    budget = MAX_TEXT_BYTES
+    for _ in range(MAX_CHUNKS):
+        head = file.read(8)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if len(head) < 8 or file.tell() + length + 4 > size:
+            raise FormatError(f"`{path}` is cut short")
+        if kind == b"IEND":
+            break
+        if kind not in (b"IHDR", b"tEXt", b"zTXt", b"iTXt"):
+            file.seek(length + 4, os.SEEK_CUR)
+            continue
+        if length > budget:
+            raise FormatError(f"`{path}` holds more than {MAX_TEXT_BYTES} bytes of text")
+        body = file.read(length)
+        if zlib.crc32(kind + body) != int.from_bytes(file.read(4), "big"):
+            raise FormatError(
+                f"`{path}` is damaged: the checksum of a {kind.decode()} chunk is wrong"
+            )
+        if kind == b"IHDR":
+            dimensions = _dimensions(body, path)
+            continue
+        keyword, text = _decode_text(kind, body, budget, path)
+        budget -= len(body) + len(text)
+        texts.setdefault(keyword, text)
+    else:
+        raise FormatError(f"`{path}` has more than {MAX_CHUNKS} chunks")
+    if dimensions is None:
+        raise FormatError(f"`{path}` does not say how large it is")
+    return PngTexts(width=dimensions[0], height=dimensions[1], texts=texts)
+
+
+def _dimensions(body: bytes, path: Path) -> tuple[int, int]:
+    width, height = int.from_bytes(body[:4], "big"), int.from_bytes(body[4:8], "big")
+    if len(body) != 13 or not width or not height:
+        raise FormatError(f"`{path}` does not say how large it is")
+    return width, height
+
+
+def _decode_text(kind: bytes, body: bytes, budget: int, path: Path) -> tuple[str, str]:
+    keyword, separator, rest = body.partition(b"\0")
+    if not separator or not 1 <= len(keyword) <= 79:
+        raise FormatError(f"`{path}` is damaged: a {kind.decode()} chunk has no keyword")
+    is_compressed = kind == b"zTXt"
+    if is_compressed:
+        rest = rest[1:]  # the method: there is only one
+    elif kind == b"iTXt":
+        is_compressed = rest[:1] == b"\1"
+        _, _, rest = rest[2:].partition(b"\0")  # flag, method, language
+        _, _, rest = rest.partition(b"\0")  # translated keyword
+    if is_compressed:
+        rest = _decompress(rest, budget, path)
+    encoding = "utf-8" if kind == b"iTXt" else "latin-1"
+    try:
+        return keyword.decode("latin-1"), rest.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"`{path}` is damaged: a text is not {encoding}") from error
+
+
+def _decompress(data: bytes, budget: int, path: Path) -> bytes:
+    decompressor = zlib.decompressobj()
+    try:
+        text = decompressor.decompress(data, budget)
+    except zlib.error as error:
+        raise FormatError(f"`{path}` is damaged: a compressed text does not unpack") from error
+    if not decompressor.eof:
+        raise FormatError(
+            f"`{path}` holds a text that is cut short, or that unpacks beyond all measure"
+        )
+    return text
