@@ -49,7 +49,7 @@ def tensor_files(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(file=tensor_files())
-def test_our_bytes_are_the_librarys_bytes(file, tmp_path_factory):
+def test_our_bytes_are_the_library_s_bytes(file, tmp_path_factory):
     tensors, metadata = file
     path = tmp_path_factory.mktemp("bytes") / "a.safetensors"
     write_tensor_file(path, tensors, metadata=metadata)

@@ -128,9 +128,7 @@ class FluxPipeline:
             InputError: a value is out of range or of the wrong kind.
             NumericalError: a stage gave NaN or infinity.
         """
-        if output_type not in get_args(OutputType):
-            names = ", ".join(f"`{name}`" for name in get_args(OutputType))
-            raise InputError(f"`output_type` must be one of {names}, got `{output_type!r}`")
+        _check_output_type(output_type)
         prompts, negatives = _pair_prompts(prompt, negative_prompt)
         if seed is not None and generator is not None:
             raise InputError("`seed` and `generator` both fix the noise: give one of them")
@@ -151,23 +149,17 @@ class FluxPipeline:
         _check_latents(latents, num_images)
         first_seed = secrets.randbelow(2**32) if seed is None else seed
 
+        on_step = self._step_hook(callback_on_step_end)
         done: list[Tensor] = []
         for i, (positive, negative) in enumerate(zip(prompts, negatives, strict=True)):
-            first = i * num_images_per_prompt
-            last = first + num_images_per_prompt
-            events = generate_latents(
-                self.model,
-                replace(
-                    template,
-                    prompt=positive,
-                    negative_prompt=negative,
-                    seed=_seed(first_seed, first),
-                ),
-                initial_BLD=None if latents is None else latents[first:last],
-                on_step=self._step_hook(callback_on_step_end),
+            first, last = i * num_images_per_prompt, (i + 1) * num_images_per_prompt
+            request = replace(
+                template, prompt=positive, negative_prompt=negative, seed=_seed(first_seed, first)
             )
+            rows = None if latents is None else latents[first:last]
+            events = generate_latents(self.model, request, initial_BLD=rows, on_step=on_step)
             done += [
-                self._finish(e, template, output_type) for e in events if isinstance(e, LatentsDone)
+                self._finish(e, request, output_type) for e in events if isinstance(e, LatentsDone)
             ]
         seeds = [None if latents is not None else first_seed + i for i in range(num_images)]
         return FluxPipelineOutput(images=_collect(done, output_type), seeds=tuple(seeds))
@@ -189,6 +181,12 @@ class FluxPipeline:
             return None if returned is None else returned.get("latents")
 
         return on_step
+
+
+def _check_output_type(output_type: object) -> None:
+    if output_type not in get_args(OutputType):
+        names = ", ".join(f"`{name}`" for name in get_args(OutputType))
+        raise InputError(f"`output_type` must be one of {names}, got `{output_type!r}`")
 
 
 def _pair_prompts(prompt: object, negative_prompt: object) -> tuple[list[str], list[str]]:
