@@ -71,6 +71,9 @@ class Entries(Mapping[str, Entry]):
     def __getitem__(self, name: str) -> Entry:
         return self._joined(name, self._parts[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts  # Mapping's own would read and join
+
     def outline(self, name: str) -> Entry:
         """The entry on the meta device: its shape and form, read from no disk."""
         return self._joined(name, tuple(part.to("meta") for part in self._parts[name]))

@@ -78,7 +78,7 @@ def shape_of(component: Component, name: str, *, num_axes: int) -> tuple[int, ..
     Raises:
         FormatError: there is no such entry, it has another number of axes, or it is empty.
     """
-    if not has_entry(component, name):
+    if name not in component.entries:
         raise FormatError(
             f"the {component.kind} in `{component.source}` lacks `{name}`",
             hint=f"it does not look like FLUX's {component.kind}, or the file is incomplete",
@@ -90,12 +90,6 @@ def shape_of(component: Component, name: str, *, num_axes: int) -> tuple[int, ..
             "none of them empty"
         )
     return shape
-
-
-def has_entry(component: Component, name: str) -> bool:
-    """Whether there is such an entry, without reading it."""
-    # A Mapping may answer `name in mapping` by reading; its iterator only names.
-    return any(name == other for other in component.entries)
 
 
 def has_any(component: Component, prefix: str) -> bool:

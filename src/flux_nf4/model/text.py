@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flux_nf4.errors import FormatError, InputError
 from flux_nf4.model.assemble import assemble, check_compute_dtype
-from flux_nf4.model.sizes import count_blocks, has_entry, matrix_shape
+from flux_nf4.model.sizes import count_blocks, matrix_shape
 
 if TYPE_CHECKING:
     from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -197,7 +197,7 @@ def build_clip(
 
 
 def _without_projection(component: Component) -> Component:
-    if not has_entry(component, CLIP_PROJECTION):
+    if CLIP_PROJECTION not in component.entries:
         return component
     matrix_shape(component, CLIP_PROJECTION)
     entries = {name: component.entries[name] for name in component.entries}
