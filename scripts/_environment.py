@@ -5,7 +5,7 @@ versions of constraints.txt. What was installed is written down as a *stamp*, a 
 that decides it; while the stamp is true, a start costs a few milliseconds and writes nothing.
 
 Nothing but the standard library is used, and the file parses on Python 3.8, so that an older
-Python can be told from a broken one. FLUX_NF4_TORCH_INDEX names another index to take PyTorch from.
+Python can be told from a broken one. TORCH_INDEX_URL names another index to take PyTorch from.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _install(environment: Environment, extra: str, runner: Runner) -> None:
         version,
         system=platform.system(),
         has_gpu=has_nvidia_gpu(),
-        index=os.environ.get("FLUX_NF4_TORCH_INDEX"),
+        index=os.environ.get("TORCH_INDEX_URL"),
     )
     # Alone and without its dependencies: those come from the usual index, with everything else.
     runner.step(f"installing PyTorch {version}", [[*pip, "--no-deps", *each] for each in choices])

@@ -134,7 +134,7 @@ def _failure(what: str, output: str, log: Path) -> SetupError:
         return SetupError(
             f"{what}: there is no build for this machine ({platform.system()} "
             f"{platform.machine()}, Python {platform.python_version()}){evidence}",
-            hint="FLUX_NF4_TORCH_INDEX=URL takes PyTorch from another index",
+            hint="TORCH_INDEX_URL=URL takes PyTorch from another index",
         )
     return SetupError(
         f"{what} failed{evidence}", hint="run the same again; if it fails again, report that log"

@@ -68,7 +68,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(_environment, "find_python", lambda: str(machine.python))
     monkeypatch.setattr(_environment.platform, "system", lambda: "Linux")
     monkeypatch.setattr(_environment, "has_nvidia_gpu", lambda: False)
-    monkeypatch.delenv("FLUX_NF4_TORCH_INDEX", raising=False)
+    monkeypatch.delenv("TORCH_INDEX_URL", raising=False)
     return machine
 
 
