@@ -15,6 +15,7 @@ from flux_nf4.errors import (
     NetworkError,
     NumericalError,
 )
+from flux_nf4.model.config import FLUX_1_DEV_CONFIG, tiny
 from flux_nf4.pipeline.image_metadata import read_image
 
 
@@ -326,3 +327,19 @@ def test_images_that_were_done_before_an_error_stay(flux, pipeline, folder):
 
     assert ended.exit_code == 7
     assert [path.name for path in folder.rglob("*.png")] == ["a-dog-1.png"]
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "expected"),
+    [(tiny(), "256", [1]), (tiny(), "1024", []), (FLUX_1_DEV_CONFIG, "256", [])],
+    ids=["small image of a narrow model", "large image", "wide model"],
+)
+def test_only_small_images_of_a_narrow_model_take_one_thread(
+    flux, pipeline, monkeypatch, config, size, expected
+):
+    asked = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    pipeline.model.transformer.config = config
+    flux("generate", "a dog", "--size", size)
+
+    assert asked == expected
