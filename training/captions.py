@@ -1,7 +1,7 @@
 """Captions: how people might ask for a scene, with words in them that the model need not know.
 
-A caption says what the scene says and leaves the rest open. A share of them (30 % of single
-things, 20 % of counts, 9 % of pairs, where they hurt most) carries words that name nothing the
+A caption says what the scene says and leaves the rest open. A share of them (25 % of single
+things, 20 % of counts, 6 % of pairs, where they hurt most) carries words that name nothing the
 model draws: adjectives, other English words, made-up ones, the tails of prompts found everywhere.
 Without them "a cute cat" is a blob. A tenth of these words, by hash, never appears in training:
 the evaluation's unknown words are of that tenth.

@@ -81,17 +81,16 @@ class Composer:
         self._columns = torch.arange(CANVAS, device=self.device).view(1, 1, CANVAS)
 
     def layer(self, objs: Tensor) -> tuple[Tensor, Tensor]:
-        """One placed sprite each: objs [B, 6] -> colour [B, 3, H, W], alpha [B, 1, H, W].
+        """One placed sprite each: objs [B, 5] -> colour [B, 3, H, W], alpha [B, 1, H, W].
 
         Values are in [0, 1]; alpha is zero where the concept is negative.
         """
-        concept, x, y, size, tint, mirror = objs.long().unbind(dim=1)
+        concept, x, y, size, tint = objs.long().unbind(dim=1)
         side = size.clamp(min=1).view(-1, 1, 1)
         row = self._rows - (y - size // 2).view(-1, 1, 1)
         column = self._columns - (x - size // 2).view(-1, 1, 1)
         inside = (row >= 0) & (column >= 0) & (row < side) & (column < side)
         inside &= (concept >= 0).view(-1, 1, 1)
-        column = torch.where((mirror > 0).view(-1, 1, 1), side - 1 - column, column)
         start = self._starts[size.clamp(min=0)].view(-1, 1, 1)
         index = start + (concept.view(-1, 1, 1) * side + row) * side + column
         pixels = self._pixels[torch.where(inside, index, 0)]
@@ -114,7 +113,7 @@ class Composer:
 
     @torch.no_grad()
     def __call__(self, objs: Tensor, bg: Tensor, *, static: bool = False) -> Tensor:
-        """Draw: objs [B, 4, 6], bg [B, 3] in 0..255 -> images [B, 3, H, W] float32 in [-1, 1].
+        """Draw: objs [B, 4, 5], bg [B, 3] in 0..255 -> images [B, 3, H, W] float32 in [-1, 1].
 
         Later sprites lie over earlier ones. With `static` nothing depends on the values of
         `objs` (all four layers are drawn for every picture) and nothing waits for the device, as

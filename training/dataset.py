@@ -3,7 +3,7 @@
     python -m training.dataset --scenes 600000 --out training/work/scenes.npz
 
 Arrays of the file, for N scenes:
-    objs  int16 [N, 4, 6]   concept (-1: none), centre x, centre y, size, tint (-1: none), mirror
+    objs  int16 [N, 4, 5]   concept (-1: none), centre x, centre y, size, tint (-1: none)
     bg    uint8 [N, 3]      background colour
     t5    int16 [N, 32]     caption, padded with 0
     clip  int16 [N, 32]     caption, padded with 1
@@ -67,8 +67,8 @@ def fits(text: str) -> bool:
 
 
 def objects_of(scenes: Sequence[Scene]) -> NDArray[np.int16]:
-    """The sprites of scenes as the composer takes them: int16 [n, 4, 6]."""
-    objects = np.full((len(scenes), MAX_SPRITES, 6), -1, np.int16)
+    """The sprites of scenes as the composer takes them: int16 [n, 4, 5]."""
+    objects = np.full((len(scenes), MAX_SPRITES, 5), -1, np.int16)
     for row, scene in zip(objects, scenes, strict=True):
         row[: len(scene.sprites)] = scene.sprites
     return objects
@@ -89,6 +89,20 @@ def draw_part(seed: int, num_scenes: int) -> Arrays:
     t5, clip = encode(captions)
     shades = np.array([scene.shade for scene in scenes], np.uint8)
     return {"objs": objects_of(scenes), "bg": shades, "t5": t5, "clip": clip}
+
+
+def load_scenes(path: Path) -> Arrays:
+    """Read what this module wrote.
+
+    Raises:
+        ValueError: the file is of an older form.
+    """
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    shape = arrays["objs"].shape
+    if shape[1:] != (MAX_SPRITES, 5):
+        raise ValueError(f"`objs` of {path} is {list(shape)}: run `python -m training.dataset`")
+    return arrays
 
 
 def main() -> None:

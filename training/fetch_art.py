@@ -74,8 +74,7 @@ def parse_concepts(text: str) -> tuple[list[str], list[Thing]]:
         if not line or line.startswith("#"):
             continue
         key, rest = line.split(maxsplit=1)
-        mirrors = not rest.startswith("!")
-        names_text, _, plural = (part.strip() for part in rest.lstrip("! ").partition(";"))
+        names_text, _, plural = (part.strip() for part in rest.partition(";"))
         names = tuple(name.strip() for name in names_text.split("|"))
         uncounted = tuple(name in UNCOUNTED or plural == names[0] == name for name in names)
         plurals = tuple(
@@ -87,9 +86,7 @@ def parse_concepts(text: str) -> tuple[list[str], list[Thing]]:
         # "purple heart" is a thing; a purple tint on a heart would be called the same.
         tints = not any(word in COLOUR_WORDS for name in names for word in name.split())
         keys.append(key)
-        things.append(
-            Thing(names=names, plurals=plurals, uncounted=uncounted, mirrors=mirrors, tints=tints)
-        )
+        things.append(Thing(names=names, plurals=plurals, uncounted=uncounted, tints=tints))
     return keys, things
 
 

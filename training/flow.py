@@ -42,20 +42,16 @@ TIME_BINS = (0.0, 0.3, 0.6, 0.85, 1.01)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuidanceRule:
-    """How strongly the teacher is guided where the student's guidance input is w, at time t.
+    """How strongly the teacher is guided where the student's guidance input is w.
 
-    `neutral` is the strength at w = 3.5, the default; it changes by 0.3 for each 1 of w. Above
-    time `until` guidance is off (over 1: it never is).
+    `neutral` is the strength at w = 3.5, the default; it changes by 0.3 for each 1 of w.
     """
 
     neutral: float
-    until: float
 
-    def strength(self, t_B: Tensor, w_B: Tensor) -> Tensor:
-        """Weight of the captioned velocity against the uncaptioned one: (B,), (B,) -> (B,)."""
-        strength_B = self.neutral + GUIDANCE_SLOPE * (w_B - NEUTRAL_GUIDANCE)
-        share_B = ((self.until - t_B) / 0.06).clamp(0, 1)
-        return 1 + (strength_B - 1) * share_B
+    def strength(self, w_B: Tensor) -> Tensor:
+        """Weight of the captioned velocity against the uncaptioned one: (B,) -> (B,)."""
+        return self.neutral + GUIDANCE_SLOPE * (w_B - NEUTRAL_GUIDANCE)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,7 +162,11 @@ def make_optimizer(parts: dict[str, nn.Module], *, weight_decay: float) -> Optim
 
 
 class FlowStep:
-    """Rectified flow: transformer and text encoders together, the guidance input held at 1."""
+    """Rectified flow: transformer and text encoders together, the guidance input held at 1.
+
+    Also from a student, after `warm_start`: its embedding of guidance is then one more trained
+    bias at 1, where the student is nearest to no guidance, and distillation teaches the rest anew.
+    """
 
     def __init__(self, networks: Networks, data: Data) -> None:
         self.networks, self.data = networks, data
@@ -216,7 +216,7 @@ class DistillationStep:
         teacher, ones_B, rope = self.frozen.transformer, self.data.ones_B, self.data.rope
         with_B = teacher(draw.mixed, txt_BTD, pooled_BP, draw.t, ones_B, rope).float()
         without_B = teacher(draw.mixed, *self._empty, draw.t, ones_B, rope).float()
-        strength_B = self.rule.strength(draw.t, w_B)
+        strength_B = self.rule.strength(w_B)
         return torch.lerp(without_B, with_B, strength_B[:, None, None])
 
     def __call__(self) -> None:

@@ -2,12 +2,19 @@
 
 The canvas is 256 x 256. Sprites have four sizes, and every corner lies on the 16-pixel token
 grid, so the model sees few variants of each sprite; aligned data mattered more than anything
-else that was tried. What a caption leaves open (place, size, mirror image, shade) is drawn at
-random, so that the seed decides it when the model is used.
+else that was tried. What a caption leaves open (place, size, shade) is drawn at random, so that
+the seed decides it when the model is used. No mirror images: each is one more picture to learn.
 
-    96   "small"                      192  one thing, up to two tokens off the centre
-    128  one of nine places, pairs,   256  "big"
-         counts, or one thing
+`SHARES` spends a budget of exposures: 15 million images, which one run sees, are 286 for each of
+the 524 things and each hundredth of a sprite an image. How often a thing is seen in each size:
+
+    size   share of the images   seen     slots                            wanted
+    192    24 % + 1 %            7,200    centre (70 %) and 4 beside it    5,000
+    256    9 % + 7 %             4,600    1                                4,000
+    128    singles 5 % + 8 %     3,700    9
+           pairs 28 %           16,000    4                                4,000
+           counts 10 %           8,600    8
+    96     4 % + 4 %             2,300    9                                2,000
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
 Kind = Literal["one", "place", "small", "big", "count", "pair", "nothing"]
 Colour = tuple[int, int, int]
 Slot = tuple[int, int, int]  # centre x, centre y, size
+Parts = dict[str, object]
 
 CANVAS = 256
 SIZES = (96, 128, 192, 256)
@@ -79,7 +87,6 @@ PLACES: dict[str, tuple[int, int]] = {
 RELATIONS = ("to the left of", "to the right of", "next to", "and", "above", "below")
 RELATION_WEIGHTS = (20, 20, 14, 16, 15, 15)
 COUNTS = {2: "two", 3: "three", 4: "four"}
-MIRROR_SHARE = 0.0
 SIZE_OF_WORD = {"small": 96, "big": 256}
 COUNT_SLOTS: dict[int, tuple[Slot, ...]] = {
     2: ((64, 128, 128), (192, 128, 128)),
@@ -94,31 +101,42 @@ OPEN_SLOTS: tuple[Slot, ...] = (
     (128, 128, 256),
 )
 SMALL_SLOTS: tuple[Slot, ...] = tuple((x, y, 96) for x, y in PLACES.values())
+# Percent of the training images, by what the caption says and the size of the sprites.
+SHARES: dict[tuple[Kind, int], int] = {
+    ("one", 192): 24,
+    ("one", 256): 9,
+    ("one", 128): 5,
+    ("place", 128): 8,
+    ("place", 96): 4,
+    ("small", 96): 4,
+    ("big", 256): 7,
+    ("pair", 128): 28,
+    ("count", 128): 10,
+    ("nothing", 192): 1,
+}
+CENTRE_SHARE = 0.7
 
 
 class Thing(NamedTuple):
     """One of the 524: its names (the first is the one asked for in tests) and what suits it.
 
-    `uncounted` names take no article; things that carry writing have no mirror image; things
-    named for a colour take no tint.
+    `uncounted` names take no article; things named for a colour take no tint.
     """
 
     names: tuple[str, ...]
     plurals: tuple[str, ...]
     uncounted: tuple[bool, ...]
-    mirrors: bool
     tints: bool
 
 
 class Sprite(NamedTuple):
-    """One placed sprite: index of the thing, centre and size in pixels, tint (-1: none), mirror."""
+    """One placed sprite: index of the thing, centre and size in pixels, tint (-1: none)."""
 
     concept: int
     x: int
     y: int
     size: int
     tint: int = -1
-    mirror: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +165,15 @@ def load_things() -> list[Thing]:
             names=tuple(entry["names"]),
             plurals=tuple(entry["plurals"]),
             uncounted=tuple(entry["uncounted"]),
-            mirrors=entry["mirrors"],
             tints=entry["tints"],
         )
         for entry in entries
     ]
+
+
+def place_at(x: int, y: int) -> str:
+    """The name of the place with this centre."""
+    return next(name for name, centre in PLACES.items() if centre == (x, y))
 
 
 def is_held_out(kind: str, first: int | str, second: int | str) -> bool:
@@ -175,8 +197,7 @@ def combinations(scene: Scene) -> list[tuple[str, int, int | str]]:
     else:
         (sprite,) = scene.sprites
         if sprite.size <= 128:
-            place = next(k for k, v in PLACES.items() if v == (sprite.x, sprite.y))
-            found.append(("place", sprite.concept, place))
+            found.append(("place", sprite.concept, place_at(sprite.x, sprite.y)))
         if sprite.size in (96, 256):
             found.append(("size", sprite.concept, sprite.size))
     return found
@@ -212,18 +233,6 @@ def slots(
     return [OPEN_SLOTS]
 
 
-def draw_open_slot(random: Random) -> Slot:
-    """A slot for a thing of which neither size nor place is said: large, elsewhere, or huge."""
-    share = random.random()
-    if share < 0.18:
-        return (128, 128, 256)
-    if share < 0.42:
-        return (*random.choice(list(PLACES.values())), 128)
-    if share < 0.85:
-        return (128, 128, 192)
-    return random.choice(OPEN_SLOTS[1:5])
-
-
 def nearest_background(colour: Sequence[float]) -> tuple[str, float]:
     """The name of the nearest palette colour, and its distance as a share of the second's."""
     distances = sorted(
@@ -250,74 +259,64 @@ def _draw_tint(thing: Thing, share: float, random: Random) -> int:
     return random.randrange(len(TINTS)) if thing.tints and random.random() < share else -1
 
 
-def _draw_mirror(thing: Thing, random: Random) -> int:
-    return int(thing.mirrors and random.random() < MIRROR_SHARE)
+def draw_slot(size: int, random: Random) -> Slot:
+    """A slot of this size for a single thing; a large one is mostly in the centre."""
+    if size == 192 and random.random() < CENTRE_SHARE:
+        return (128, 128, 192)
+    allowed = SMALL_SLOTS if size == 96 else OPEN_SLOTS
+    return random.choice([slot for slot in allowed if slot[2] == size])
 
 
-def _draw_single(things: Sequence[Thing], random: Random) -> dict[str, object]:
+def _draw_single(kind: Kind, size: int, things: Sequence[Thing], random: Random) -> Parts:
     concept = random.randrange(len(things))
-    thing = things[concept]
-    share = random.random()
-    place = size_word = None
-    kind: Kind = "one"
-    if share < 0.24:
-        kind, place = "place", random.choice(list(PLACES))
-        size_word = "small" if random.random() < 0.35 else None
-    elif share < 0.34:
-        kind = size_word = "small"
-    elif share < 0.45:
-        kind = size_word = "big"
-    if kind == "one":
-        x, y, size = draw_open_slot(random)
-    else:
-        x, y, size = random.choice(slots(kind, place=place, size_word=size_word)[0])
-    tint = _draw_tint(thing, 0.25, random)
-    sprite = Sprite(concept, x, y, size, tint, _draw_mirror(thing, random))
-    return {"kind": kind, "sprites": (sprite,), "place": place, "size_word": size_word}
+    x, y, _ = draw_slot(size, random)
+    tint = _draw_tint(things[concept], 0.2, random) if kind != "nothing" else -1
+    parts: Parts = {"kind": kind, "sprites": (Sprite(concept, x, y, size, tint),)}
+    if kind == "place":
+        parts["place"] = place_at(x, y)
+    if kind != "one":
+        parts["size_word"] = {96: "small", 256: "big"}.get(size)
+    return parts
 
 
-def _draw_pair(things: Sequence[Thing], random: Random) -> dict[str, object]:
+def _draw_pair(things: Sequence[Thing], random: Random) -> Parts:
     concepts = random.sample(range(len(things)), 2)
     relation = random.choices(RELATIONS, RELATION_WEIGHTS)[0]
     sprites = tuple(
-        Sprite(
-            concept,
-            *slot,
-            _draw_tint(things[concept], 0.1, random),
-            _draw_mirror(things[concept], random),
-        )
+        Sprite(concept, *slot, _draw_tint(things[concept], 0.1, random))
         for concept, (slot,) in zip(concepts, slots("pair", relation=relation), strict=True)
     )
     return {"kind": "pair", "sprites": sprites, "relation": relation}
 
 
-def _draw_count(things: Sequence[Thing], random: Random) -> dict[str, object]:
+def _draw_count(things: Sequence[Thing], random: Random) -> Parts:
     concept = random.randrange(len(things))
     tint = _draw_tint(things[concept], 0.12, random)
-    mirror = _draw_mirror(things[concept], random)
     count = random.choice(list(COUNTS))
-    sprites = tuple(Sprite(concept, *slot, tint, mirror) for slot in COUNT_SLOTS[count])
+    sprites = tuple(Sprite(concept, *slot, tint) for slot in COUNT_SLOTS[count])
     return {"kind": "count", "sprites": sprites}
 
 
-def _draw_nothing(things: Sequence[Thing], random: Random) -> dict[str, object]:
-    concept = random.randrange(len(things))
-    mirror = _draw_mirror(things[concept], random)
-    return {"kind": "nothing", "sprites": (Sprite(concept, 128, 128, 192, -1, mirror),)}
+def _draw_parts(kind: Kind, size: int, things: Sequence[Thing], random: Random) -> Parts:
+    if kind == "pair":
+        return _draw_pair(things, random)
+    if kind == "count":
+        return _draw_count(things, random)
+    return _draw_single(kind, size, things, random)
 
 
 def draw_scene(things: Sequence[Thing], random: Random) -> Scene:
     """A random scene that training may see: no combination in its picture is held out."""
-    draws = (_draw_single, _draw_pair, _draw_count, _draw_nothing)
+    # Kind and size are drawn once: pairs, which are held out more often, keep their share.
+    kind, size = random.choices(list(SHARES), list(SHARES.values()))[0]
     while True:
-        parts = random.choices(draws, (56, 32, 11, 1))[0](things, random)
-        says_background = random.random() < 0.75 and parts["kind"] != "nothing"
+        says_background = random.random() < 0.75 and kind != "nothing"
         background = random.choice(list(BACKGROUNDS) if says_background else UNNAMED_BACKGROUNDS)
         scene = Scene(
             background=background,
             shade=draw_shade(background, random),
             says_background=says_background,
-            **parts,  # type: ignore[arg-type]
+            **_draw_parts(kind, size, things, random),  # type: ignore[arg-type]
         )
         if not is_held_out_scene(scene):
             return scene

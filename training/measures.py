@@ -1,8 +1,8 @@
 """Automatic measures of pictures against what was asked for: no human eye, no second network.
 
 Every measure compares pixels with the known sprites on the *measured* background, and takes the
-best over all that the caption leaves open: place, size, mirror image, shade. Each gives about
-100 % on exact scenes and chance on the right prompts for the wrong pictures (tests hold both).
+best over all that the caption leaves open: place, size, shade. Each gives about 100 %
+on exact scenes and chance on the right prompts for the wrong pictures (tests hold both).
 
     background  median colour of the border -> nearest of the 18 palette colours
     thing       the picture against all 524 things in every allowed slot, at a quarter of its size
@@ -77,7 +77,6 @@ class Match(NamedTuple):
     """
 
     slot: Slot
-    mirror: int
     rank: int
     got: int
     tint: int
@@ -157,7 +156,7 @@ class Measures:
         return results
 
     def _render(self, concepts: Tensor, size: int, tints: Sequence[int] = (-1,)) -> Tensor:
-        """Small pictures of things alone: [2 * len(tints) * n, 4, q, q], mirror slowest.
+        """Small pictures of things alone: [len(tints) * n, 4, q, q], tint slowest.
 
         Channels are colour times alpha, and alpha.
         """
@@ -165,14 +164,13 @@ class Measures:
         inside = slice(low, low + size)
         of_tint: list[list[Tensor]] = [[] for _ in tints]
         for chunk in concepts.split(32):
-            objs = torch.full((len(chunk), 6), CANVAS // 2, device=self.device)
-            objs[:, 0], objs[:, 3], objs[:, 4], objs[:, 5] = chunk, size, -1, 0
+            objs = torch.full((len(chunk), 5), CANVAS // 2, device=self.device)
+            objs[:, 0], objs[:, 3], objs[:, 4] = chunk, size, -1
             colour, alpha = (part[..., inside, inside] for part in self.composer.layer(objs))
             for parts, tint in zip(of_tint, tints, strict=True):
                 tinted = self.composer.tinted(colour, torch.full_like(chunk, tint))
                 parts.append(F.avg_pool2d(torch.cat([tinted * alpha, alpha], dim=1), POOL))
-        plain = torch.cat([part for parts in of_tint for part in parts])
-        return torch.cat([plain, plain.flip(-1)])
+        return torch.cat([part for parts in of_tint for part in parts])
 
     def _measure(self, images: Tensor, specs: list[Spec]) -> list[Result]:
         shade = border_colour(images)
@@ -224,7 +222,7 @@ class Measures:
         return [matches[index] for index in range(len(asked))]
 
     def _match_things(self, small: Tensor, shade: Tensor, asked: list[Asked]) -> list[Match]:
-        """The best slot and mirror image of each asked thing, and its rank among all things."""
+        """The best slot of each asked thing, and its rank among all things."""
         num_asked, num_things = len(asked), self.composer.num_things
         concept = torch.tensor([item.concept for item in asked], device=self.device)
         best = torch.full((num_asked, num_things), torch.inf, device=self.device)
@@ -238,21 +236,19 @@ class Measures:
             table = self._small[slot[2]]
             window = window_of(small[picture], slot)
             error = errors(window, shade[picture], table[:, :3], table[:, 3])
-            error = error.view(len(having), 2, num_things)
-            best[rows] = torch.minimum(best[rows], error.amin(dim=1))
-            mine = error.gather(2, concept[rows][:, None, None].expand(-1, 2, 1))[..., 0]
-            value, mirror = mine.min(dim=1)
-            variant[rows] = torch.where(value < own[rows], 2 * number + mirror, variant[rows])
+            best[rows] = torch.minimum(best[rows], error)
+            value = error.gather(1, concept[rows][:, None])[:, 0]
+            variant[rows] = torch.where(value < own[rows], number, variant[rows])
             own[rows] = torch.minimum(own[rows], value)
         rank = (best < own[:, None]).sum(dim=1).tolist()
         got = best.argmin(dim=1).tolist() if num_asked else []
         return [
-            Match(every_slot[v // 2], v % 2, r, g, -1)
+            Match(every_slot[v], r, g, -1)
             for v, r, g in zip(variant.tolist(), rank, got, strict=True)
         ]
 
     def _match_tints(self, small: Tensor, shade: Tensor, asked: list[Asked]) -> list[Match]:
-        """The best slot, mirror image and recolouring of each asked thing."""
+        """The best slot and recolouring of each asked thing."""
         concept = torch.tensor([item.concept for item in asked], device=self.device)
         picture = torch.tensor([item.picture for item in asked], device=self.device)
         own = torch.full((len(asked),), torch.inf, device=self.device)
@@ -275,21 +271,20 @@ class Measures:
             own = torch.minimum(own, value)
         matches = []
         for item, index in zip(asked, variant.tolist(), strict=True):
-            number, candidate = divmod(index, 2 * len(tints))
-            mirror, tint = divmod(candidate, len(tints))
-            matches.append(Match(every_slot[number], mirror, 0, item.concept, tint - 1))
+            number, tint = divmod(index, len(tints))
+            matches.append(Match(every_slot[number], 0, item.concept, tint - 1))
         return matches
 
     def _psnr(
         self, images: Tensor, shade: Tensor, specs: list[Spec], matches: list[list[Match]]
     ) -> list[float]:
         """Decibels against the asked scene in the variant that fits best."""
-        objs = torch.full((len(specs), 4, 6), -1, dtype=torch.long)
+        objs = torch.full((len(specs), 4, 5), -1, dtype=torch.long)
         for index, (spec, found) in enumerate(zip(specs, matches, strict=True)):
             for row, ((concept, tint), match) in enumerate(
                 zip(spec["objects"], found, strict=True)
             ):
-                objs[index, row] = torch.tensor([concept, *match.slot, tint, match.mirror])
+                objs[index, row] = torch.tensor([concept, *match.slot, tint])
         exact = (self.composer(objs, shade * 255) + 1) / 2
         error = (images - exact).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-9)
         return (-10 * torch.log10(error)).tolist()

@@ -142,15 +142,13 @@ def spec_of(scene: Scene, caption: str, name: str) -> Spec:
 
 def exact_scenes(specs: Sequence[Spec], random: Random) -> tuple[torch.Tensor, torch.Tensor]:
     """For each spec one scene that fulfils it, what it leaves open drawn at random: objs, bg."""
-    objs = torch.full((len(specs), 4, 6), -1, dtype=torch.long)
+    objs = torch.full((len(specs), 4, 5), -1, dtype=torch.long)
     shades = []
     for index, spec in enumerate(specs):
-        mirror = random.randrange(2)
         for row, ((concept, tint), allowed) in enumerate(
             zip(spec["objects"], slots_of(spec), strict=True)
         ):
-            mirror = random.randrange(2) if spec["kind"] == "pair" else mirror
-            objs[index, row] = torch.tensor([concept, *random.choice(allowed), tint, mirror])
+            objs[index, row] = torch.tensor([concept, *random.choice(allowed), tint])
         shades.append(draw_shade(spec["background"], random))
     return objs, torch.tensor(shades, dtype=torch.uint8)
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 STARTED = time.monotonic()
@@ -87,6 +87,21 @@ def torch_settings(*, cudnn_attention: bool = False) -> Iterator[None]:
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 arithmetic on float32 weights; a CPU stays in float32, which it is faster in."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def slowest_kernels(step: Callable[[], None], *, num_steps: int = 5, num_rows: int = 40) -> str:
+    """A table of where the time of a training step goes, by kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    is_cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as run:
+        for _ in range(num_steps):
+            step()
+        if is_cuda:
+            torch.cuda.synchronize()
+    order = "self_cuda_time_total" if is_cuda else "self_cpu_time_total"
+    table = run.key_averages().table(sort_by=order, row_limit=num_rows, max_name_column_width=90)
+    return f"{num_steps} steps:\n{table}"
 
 
 def ramp(step: int, num_steps: int) -> float:

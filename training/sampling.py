@@ -89,7 +89,7 @@ class Sampler:
                 v_BLC = transformer(x_BLC, *text, t_B, guidance_B, data.rope).float()
                 if rule is not None:
                     without = transformer(x_BLC, *empty, t_B, guidance_B, data.rope).float()
-                    strength = rule.strength(t_B, data.ones_B * settings.guidance)
+                    strength = rule.strength(data.ones_B * settings.guidance)
                     v_BLC = torch.lerp(without, v_BLC, strength[:, None, None])
                 x_BLC = euler_step(x_BLC, v_BLC, sigma, next_sigma)
         return x_BLC

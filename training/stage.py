@@ -17,7 +17,7 @@ from training.checkpoint import (
     state_progress,
 )
 from training.optimizer import as_graph
-from training.runtime import Log, StageClock, StopRequest, decay, ramp
+from training.runtime import Log, StageClock, StopRequest, decay, ramp, slowest_kernels
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +53,7 @@ class Run:
     stop: StopRequest
     save_every: float
     steps_between_notes: int
+    profiles: bool = False
 
 
 class Stage:
@@ -76,6 +77,10 @@ class Stage:
     def train(self) -> bool:
         """Go on until the plan's seconds are over (True) or a stop is asked for (False)."""
         replay = as_graph(self.step, self.optimizer, self.run.log)
+        if self.run.profiles:
+            # Still at learning rate 0, and an average that keeps all of itself.
+            self.run.log(slowest_kernels(replay))
+            self.optimizer.reset()
         self.data.loss_sums.zero_()
         self._restore()
         torch.manual_seed(10_000 + self.progress.step)

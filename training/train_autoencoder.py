@@ -34,6 +34,7 @@ from training.checkpoint import (
     state_progress,
 )
 from training.compose import Composer, load_sprites, save_sheet
+from training.dataset import load_scenes
 from training.optimizer import Optimizer, as_graph
 from training.runtime import Log, StageClock, StopRequest, autocast, decay, ramp, torch_settings
 
@@ -77,7 +78,7 @@ class Training:
     def __init__(self, settings: Settings, log: Log) -> None:
         self.settings, self.log = settings, log
         self.device = device = settings.device
-        scenes = np.load(settings.work / "scenes.npz")
+        scenes = load_scenes(settings.work / "scenes.npz")
         self.objs = torch.from_numpy(scenes["objs"]).to(device)
         self.bg = torch.from_numpy(scenes["bg"]).to(device)
         self.composer = Composer(load_sprites(settings.sprites), device)

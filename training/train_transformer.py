@@ -1,9 +1,11 @@
 """Train the transformer and its text encoders: flow, guidance rule, distillation, NF4, evaluation.
 
     python -m training.train_transformer --flow-seconds 800 --distil-seconds 90 --aware-seconds 200
+    python -m training.train_transformer --init training/weights/flux-demo-bf16.safetensors ...
 
 Needs `scenes.npz` and `prompts.npz` in the work folder, and waits for the VAE that
-`training.train_autoencoder` makes, compiling meanwhile. The stages, each from where it stopped:
+`training.train_autoencoder` makes, or, with `--init`, takes it and all other weights from a file
+(`warm_start`). It compiles meanwhile. The stages, each from where it stopped:
 
     flow      rectified flow, all three networks       -> weights/flow, t5, clip
     rule      which guidance the student shall learn    (on validation prompts)
@@ -20,21 +22,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from flux_nf4.pipeline.sampling import pack
 from training import DATA, WORK
-from training.autoencoder import LATENT_CHANNELS, Autoencoder, AutoencoderSizes
 from training.checkpoint import Journal, load_tensors
 from training.compose import Composer, load_sprites
+from training.dataset import load_scenes
 from training.demo_tokenizers import load_tokenizer
 from training.flow import Captions, Data, DistillationStep, FlowStep, GuidanceRule
+from training.latents import EncodingJob, Latents, autoencoder_facts, make_autoencoder
 from training.networks import (
     Networks,
     Sizes,
@@ -47,12 +47,12 @@ from training.rounding import shipped_text, shipped_transformer
 from training.runtime import Log, StopRequest, torch_settings
 from training.sampling import Sampler
 from training.stage import Run, Stage, StagePlan, weights_path
+from training.warm_start import warm_start
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from torch import Tensor
 
 STAGES = ("flow", "rule", "distil", "aware", "evaluate", "done")
-SCENES_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,8 @@ class Settings:
     work: Path
     sprites: Path
     prompts: Path
+    init: Path | None
+    rule: float | None
     flow_seconds: float
     distil_seconds: float
     aware_seconds: float
@@ -73,6 +75,19 @@ class Settings:
     compiled: bool
     save_every: float
     is_dry_run: bool
+    profiles: bool
+
+    @property
+    def encoding(self) -> EncodingJob:
+        """What makes the latents."""
+        return EncodingJob(
+            work=self.work,
+            sprites=self.sprites,
+            num_scenes=self.num_scenes,
+            device=self.device,
+            compiled=self.compiled,
+            is_dry_run=self.is_dry_run,
+        )
 
     def plan(self, stage: str) -> StagePlan:
         """The schedule of a training stage."""
@@ -106,30 +121,21 @@ class Training:
         )
         if settings.is_dry_run:
             self.sizes = dry_run_sizes(self.sizes)
-        with np.load(settings.work / "scenes.npz") as arrays:
-            scenes = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        scenes = load_scenes(settings.work / "scenes.npz")
+        t5, clip, empty_t5, empty_clip = (
+            torch.from_numpy(scenes[name]).to(self.device) for name in ("t5", "clip", "u5", "uc")
+        )
         chosen = slice(settings.num_scenes)
-        self.objs, self.bg = scenes["objs"][chosen], scenes["bg"][chosen]
         captions = Captions(
-            t5=scenes["t5"][chosen].to(self.device),
-            clip=scenes["clip"][chosen].to(self.device),
-            empty_t5=scenes["u5"].long().to(self.device),
-            empty_clip=scenes["uc"].long().to(self.device),
+            t5=t5[chosen],
+            clip=clip[chosen],
+            empty_t5=empty_t5.long(),
+            empty_clip=empty_clip.long(),
         )
         self.data = Data(captions, self.sizes, settings.batch_size)
         self.composer = Composer(load_sprites(settings.sprites), self.device)
-        self.autoencoder = self._make_autoencoder()
-        self.encoder: Callable[[torch.Tensor], torch.Tensor] = self.autoencoder.encoder
+        self.autoencoder = make_autoencoder(self.device, is_dry_run=settings.is_dry_run)
         self.trained, self.frozen = self._make_networks(compiled=settings.compiled)
-
-    def _make_autoencoder(self) -> Autoencoder:
-        sizes = AutoencoderSizes()
-        if self.settings.is_dry_run:
-            sizes = AutoencoderSizes(widths=(16, 16, 16, 16))
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        autoencoder = Autoencoder(sizes).to(self.device, dtype).eval()
-        autoencoder.requires_grad_(requires_grad=False)
-        return autoencoder.to(memory_format=torch.channels_last)
 
     def _make_networks(self, *, compiled: bool) -> tuple[Networks, Networks]:
         torch.manual_seed(0)
@@ -151,47 +157,21 @@ class Training:
             self.trained, self.frozen = self._make_networks(compiled=False)
         gc.collect()
         self.run.log("the networks are compiled")
-        encoder = torch.compile(self.autoencoder.encoder, dynamic=False)
-        dtype = next(self.autoencoder.parameters()).dtype
-        images = torch.zeros(SCENES_AT_ONCE, 3, 256, 256, device=self.device, dtype=dtype)
-        try:
-            with torch.no_grad():
-                encoder(images.contiguous(memory_format=torch.channels_last))
-            self.encoder = encoder
-        except RuntimeError as error:
-            self.run.log(f"warning: compiling the encoder failed: {str(error)[:400]}")
 
     def _warm_up(self) -> None:
         """One step at learning rate 0, and one pass without gradients."""
         if self.run.journal.progress.stage == "flow":
             FlowStep(self.trained, self.data)()
             self.run.log("the step is compiled")
-        rule = GuidanceRule(neutral=1.0, until=1.0)
+        rule = GuidanceRule(neutral=1.0)
         DistillationStep(self.trained.transformer, self.frozen, self.data, rule)()
 
-    def take_latents(self, facts: dict[str, float]) -> None:
-        """Encode every scene with the finished VAE."""
+    def take(self, latents_NLC: Tensor) -> None:
+        """The latents of every scene, and the VAE that made them."""
+        self.data.latents_NLC = latents_NLC
         weights = load_tensors(weights_path(self.run.folder, "autoencoder"))
         self.autoencoder.load_state_dict(weights)
-        at_once = min(SCENES_AT_ONCE, len(self.objs))
-        num_scenes = len(self.objs) // at_once * at_once
-        dtype = next(self.autoencoder.parameters()).dtype
-        latents_NLC = torch.empty(num_scenes, 256, 64, dtype=torch.bfloat16, device=self.device)
-        scaling, shift = facts["vae_scaling_factor"], facts["vae_shift_factor"]
-        started = time.monotonic()
-        with torch.no_grad():
-            for start in range(0, num_scenes, at_once):
-                part = slice(start, start + at_once)
-                objs, bg = self.objs[part].to(self.device), self.bg[part].to(self.device)
-                images = self.composer(objs, bg).to(dtype)
-                images = images.contiguous(memory_format=torch.channels_last)
-                mean = self.encoder(images)[:, :LATENT_CHANNELS].float()
-                latents_NLC[part] = pack((mean - shift) * scaling).to(torch.bfloat16)
-        self.data.latents_NLC = latents_NLC
-        deviation = latents_NLC[: 10 * at_once].float().std().item()
-        self.run.log(
-            f"{num_scenes} latents in {time.monotonic() - started:.0f} s, deviation {deviation:.3f}"
-        )
+        self.run.journal.facts |= autoencoder_facts(self.run.folder) or {}
 
     def load_text(self) -> None:
         """The text encoders of the flow stage into the frozen networks, rounded as they ship."""
@@ -206,8 +186,8 @@ class Training:
 
     def flow(self) -> bool:
         """Stage `flow`; True when it is done."""
-        if self.run.journal.progress.step:
-            # Only matters where the state is lost: with it, everything is replaced.
+        if weights_path(self.run.folder, "flow").exists():
+            # A warm start, or a state file lost on the way: with one, everything is replaced.
             for name, module in (("t5", self.trained.t5), ("clip", self.trained.clip)):
                 module.load_state_dict(load_tensors(weights_path(self.run.folder, name)))
             self.load_transformer(self.trained, "flow")
@@ -215,8 +195,13 @@ class Training:
         return Stage(self.settings.plan("flow"), step, self.data, self.run).train()
 
     def rule(self) -> bool:
-        """Stage `rule`."""
-        self.report("flow").choose_rule()
+        """Stage `rule`: as told, or by what draws best."""
+        if self.settings.rule is not None:
+            rule = GuidanceRule(neutral=self.settings.rule)
+        else:
+            rule = self.report("flow").choose_rule()
+        self.run.journal.facts["guidance_rule"] = {"neutral": rule.neutral}
+        self.run.log(f"guidance rule: {rule}")
         return True
 
     def distil(self) -> bool:
@@ -257,30 +242,19 @@ class Training:
         return evaluate(self.report("aware-nf4"))
 
 
-def wait_for_autoencoder(run: Run) -> bool:
-    """Wait until the VAE is done and take its facts; False where a stop was asked for."""
-    path = run.folder / "autoencoder.json"
-    while not run.stop:
-        if path.exists():
-            autoencoder = Journal.open(path, "")
-            if autoencoder.progress.stage == "done":
-                run.journal.facts |= autoencoder.facts
-                return True
-        time.sleep(0.2)
-    return False
-
-
 def train(settings: Settings, run: Run) -> None:
     """Run the plan's stages from where it stands."""
     if run.journal.progress.stage == "done":
         run.log("already done")
         return
+    latents = Latents(settings.encoding, run.log, in_child=settings.device.type == "cuda")
     training = Training(settings, run)
     training.compile()
-    run.log("waiting for the VAE")
-    if not wait_for_autoencoder(run):
+    run.log("waiting for the latents")
+    latents_NLC = latents.take(run.stop)
+    if latents_NLC is None:
         return
-    training.take_latents(run.journal.facts)
+    training.take(latents_NLC)
     stages = {
         "flow": training.flow,
         "rule": training.rule,
@@ -315,6 +289,8 @@ def parse() -> Settings:
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--sprites", type=Path, default=DATA / "sprites.npz")
     parser.add_argument("--prompts", type=Path, default=DATA / "prompts.json.gz")
+    parser.add_argument("--init", type=Path, help="begin from this all-in-one file's weights")
+    parser.add_argument("--rule", type=float, help="strength of guidance, instead of a search")
     parser.add_argument("--flow-seconds", type=float, default=800.0)
     parser.add_argument("--distil-seconds", type=float, default=90.0)
     parser.add_argument("--aware-seconds", type=float, default=200.0)
@@ -326,11 +302,14 @@ def parse() -> Settings:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds between states")
     parser.add_argument("--dry-run", action="store_true", help="tiny networks, to find mistakes")
+    parser.add_argument("--profile", action="store_true", help="log each stage's slowest kernels")
     options = parser.parse_args()
     return Settings(
         work=options.work,
         sprites=options.sprites,
         prompts=options.prompts,
+        init=options.init,
+        rule=options.rule,
         flow_seconds=options.flow_seconds,
         distil_seconds=options.distil_seconds,
         aware_seconds=options.aware_seconds,
@@ -342,6 +321,7 @@ def parse() -> Settings:
         compiled=not options.no_compile,
         save_every=options.save_every,
         is_dry_run=options.dry_run,
+        profiles=options.profile,
     )
 
 
@@ -350,13 +330,17 @@ def main() -> None:
     settings = parse()
     folder = settings.work / "state"
     folder.mkdir(parents=True, exist_ok=True)
+    log = Log("flux", folder / "transformer.log")
+    if settings.init is not None and warm_start(settings.init, folder):
+        log(f"begins from {settings.init}")
     run = Run(
         folder=folder,
         journal=Journal.open(folder / "journal.json", STAGES[0]),
-        log=Log("flux", folder / "transformer.log"),
+        log=log,
         stop=StopRequest(),
         save_every=settings.save_every,
         steps_between_notes=2 if settings.is_dry_run else 500,
+        profiles=settings.profiles,
     )
     with torch_settings(cudnn_attention=True):
         train(settings, run)

@@ -24,7 +24,7 @@ def test_the_same_seed_draws_the_same_part(part: Arrays) -> None:
 def test_arrays_have_their_shapes_and_types(part: Arrays) -> None:
     found = {name: (array.dtype.name, array.shape) for name, array in part.items()}
     assert found == {
-        "objs": ("int16", (1000, 4, 6)),
+        "objs": ("int16", (1000, 4, 5)),
         "bg": ("uint8", (1000, 3)),
         "t5": ("int16", (1000, 32)),
         "clip": ("int16", (1000, 32)),

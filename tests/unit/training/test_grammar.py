@@ -10,6 +10,7 @@ from training.grammar import (
     BACKGROUNDS,
     CANVAS,
     RELATIONS,
+    SHARES,
     Scene,
     Sprite,
     draw_scene,
@@ -88,14 +89,28 @@ def test_what_a_caption_leaves_open_has_three_sizes(scenes: list[Scene]) -> None
     assert {s.sprites[0].size for s in scenes if s.kind == "one"} == {128, 192, 256}
 
 
-def test_things_of_one_count_look_the_same_way(scenes: list[Scene]) -> None:
-    counts = [scene for scene in scenes if scene.kind == "count"]
-    assert all(len({s.mirror for s in scene.sprites}) == 1 for scene in counts)
+def test_every_kind_and_size_of_the_budget_is_drawn(scenes: list[Scene]) -> None:
+    assert {(scene.kind, scene.sprites[0].size) for scene in scenes} == set(SHARES)
 
 
-def test_things_with_writing_are_never_mirrored(scenes: list[Scene]) -> None:
-    mirrored = [s.concept for scene in scenes for s in scene.sprites if s.mirror]
-    assert all(THINGS[concept].mirrors for concept in mirrored)
+def test_shares_are_percent() -> None:
+    assert sum(SHARES.values()) == 100
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(96, 2000), (128, 4000), (192, 5000), (256, 4000)])
+def test_a_run_shows_each_thing_often_enough_in_each_size(size: int, wanted: int) -> None:
+    num_sprites = {"pair": 2, "count": 3}
+    percent = sum(
+        share * num_sprites.get(kind, 1)
+        for (kind, of_size), share in SHARES.items()
+        if of_size == size
+    )
+    assert 15e6 * percent / 100 / len(THINGS) > wanted
+
+
+def test_most_large_things_stand_in_the_centre(scenes: list[Scene]) -> None:
+    large = [s for scene in scenes for s in scene.sprites if s.size == 192]
+    assert sum((s.x, s.y) == (128, 128) for s in large) > len(large) / 2
 
 
 @pytest.mark.parametrize(

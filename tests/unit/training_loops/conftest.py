@@ -32,8 +32,8 @@ def write_work(folder: Path) -> Path:
     np.savez(folder / "sprites.npz", webp=webp, offsets=offsets)
 
     generator = np.random.default_rng(0)
-    objs = np.full((NUM_SCENES, 4, 6), -1, np.int16)
-    objs[:, 0] = [[index % 3, 128, 128, 128, -1, 0] for index in range(NUM_SCENES)]
+    objs = np.full((NUM_SCENES, 4, 5), -1, np.int16)
+    objs[:, 0] = [[index % 3, 128, 128, 128, -1] for index in range(NUM_SCENES)]
     tokens = generator.integers(3, 40, (NUM_SCENES, 32), dtype=np.int16)
     tokens[:, 20:] = 1
     scenes = {

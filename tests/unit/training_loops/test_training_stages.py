@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from flux_nf4.formats.checkpoint import open_checkpoint
 from training import collect, package_demo, report, train_autoencoder, train_transformer
 from training.checkpoint import Journal, Progress, load_tensors, state_progress
-from training.runtime import Log
+from training.dataset import load_scenes
+from training.latents import EncodingJob, Latents, autoencoder_facts
+from training.runtime import Log, slowest_kernels
 from training.stage import Run
+from training.warm_start import warm_start
 
 LONG = 1e6
 CPU = torch.device("cpu")
@@ -45,11 +49,15 @@ def run_autoencoder(work: Path, stop: StopAfter, seconds: float) -> Journal:
     return Journal.open(work / "state" / "autoencoder.json", "autoencoder")
 
 
-def run_transformer(work: Path, stop: StopAfter, flow_seconds: float = 0.0) -> Journal:
+def run_transformer(
+    work: Path, stop: StopAfter, flow_seconds: float = 0.0, *, rule: float | None = None
+) -> Journal:
     settings = train_transformer.Settings(
         work=work,
         sprites=work / "sprites.npz",
         prompts=work / "prompts.json.gz",
+        init=None,
+        rule=rule,
         flow_seconds=flow_seconds,
         distil_seconds=0.1,
         aware_seconds=0.1,
@@ -61,6 +69,7 @@ def run_transformer(work: Path, stop: StopAfter, flow_seconds: float = 0.0) -> J
         compiled=False,
         save_every=0.2,
         is_dry_run=True,
+        profiles=False,
     )
     run = Run(
         folder=work / "state",
@@ -88,7 +97,7 @@ def trained(work: Path) -> Path:
     assert stopped.progress.step > 0
     # Long enough for one more round of steps.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "TASKS", report.TASKS[:3])
+        patch.setattr(report, "FURTHER", report.FURTHER[:2])
         patch.setattr(report, "NEUTRAL_STRENGTHS", (1.0, 1.25))
         resumed = run_transformer(work, StopAfter(), stopped.progress.seconds + 0.05)
     assert resumed.facts["flow_steps"] > stopped.progress.step
@@ -117,7 +126,7 @@ def test_every_sheet_is_drawn(trained: Path) -> None:
 def test_results_name_weights_prompts_steps_and_guidance(trained: Path) -> None:
     results = json.loads((trained / "state" / "journal.json").read_text())["results"]
     assert "aware-nf4/test/20 steps/guidance 3.5" in results
-    assert "autoencoder/test" in results
+    assert "autoencoder/val" in results
 
 
 def test_a_finished_plan_does_nothing(trained: Path) -> None:
@@ -151,14 +160,109 @@ def test_a_run_without_its_state_goes_on_from_the_weights(trained: Path, tmp_pat
     assert state_progress(work / "state" / "transformer.state") is not None
 
 
-def test_both_packages_open_with_all_parts(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = {"--shipped": tmp_path / "nf4.safetensors", "--bf16": tmp_path / "bf16.safetensors"}
+def packages(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    paths = {"--shipped": folder / "nf4.safetensors", "--bf16": folder / "bf16.safetensors"}
     arguments = [text for pair in paths.items() for text in map(str, pair)]
     monkeypatch.setattr("sys.argv", ["package_demo", "--work", str(trained), *arguments])
     package_demo.main()
-    shipped, bf16 = (open_checkpoint(path) for path in paths.values())
+    return list(paths.values())
+
+
+def warm(trained: Path, folder: Path, file: Path) -> Path:
+    """A work folder that begins from a packaged model."""
+    for name in ("sprites.npz", "scenes.npz", "prompts.npz", "prompts.json.gz"):
+        (folder / name).symlink_to(trained / name)
+    warm_start(file, folder / "state")
+    return folder
+
+
+def test_a_warm_start_takes_over_every_part(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = packages(trained, tmp_path, monkeypatch)
+    weights = warm(trained, tmp_path, file) / "state" / "weights"
+    for mine, theirs in (("flow", "distil"), ("autoencoder", "autoencoder")):
+        ours = load_tensors(weights / f"{mine}.safetensors")
+        expected = load_tensors(trained / "state" / "weights" / f"{theirs}.safetensors")
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_a_warm_start_keeps_the_constants_of_the_vae(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = packages(trained, tmp_path, monkeypatch)
+    state = warm(trained, tmp_path, file) / "state"
+    assert autoencoder_facts(state) == autoencoder_facts(trained / "state")
+
+
+def test_a_quantised_model_can_be_begun_from(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _ = packages(trained, tmp_path, monkeypatch)
+    weights = warm(trained, tmp_path, file) / "state" / "weights"
+    assert load_tensors(weights / "flow.safetensors")["img_in.weight"].dtype == torch.bfloat16
+
+
+def test_a_warm_plan_trains_to_its_end_without_a_search(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = packages(trained, tmp_path, monkeypatch)
+    work = warm(trained, tmp_path, file)
+    monkeypatch.setattr(report, "DECIDING", report.DECIDING[:1])
+    monkeypatch.setattr(report, "FURTHER", ())
+    journal = run_transformer(work, StopAfter(), 0.1, rule=1.25)
+    assert (journal.progress.stage, journal.facts["guidance_rule"]) == ("done", {"neutral": 1.25})
+
+
+def test_a_warm_start_leaves_a_plan_that_has_begun(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _ = packages(trained, tmp_path, monkeypatch)
+    before = {path.name: path.read_bytes() for path in (trained / "state").glob("*.json")}
+    warm_start(file, trained / "state")
+    assert before == {path.name: path.read_bytes() for path in (trained / "state").glob("*.json")}
+
+
+def encoding(work: Path) -> EncodingJob:
+    return EncodingJob(
+        work=work,
+        sprites=work / "sprites.npz",
+        num_scenes=8,
+        device=CPU,
+        compiled=False,
+        is_dry_run=True,
+    )
+
+
+def test_a_child_process_makes_the_same_latents(trained: Path) -> None:
+    job, log = encoding(trained), Log("latents")
+    child, parent = (Latents(job, log, in_child=in_child) for in_child in (True, False))
+    made, expected = child.take(StopAfter()), parent.take(StopAfter())
+    assert made is not None
+    assert torch.equal(made, expected)
+
+
+def test_without_its_child_the_parent_encodes(trained: Path) -> None:
+    latents = Latents(encoding(trained), Log("latents"), in_child=True)
+    latents._child.kill()
+    assert latents.take(StopAfter()).shape == (8, 256, 64)
+
+
+def test_a_scene_file_of_an_older_form_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "scenes.npz", objs=np.zeros((2, 4, 6), np.int16))
+    with pytest.raises(ValueError, match=r"training\.dataset"):
+        load_scenes(tmp_path / "scenes.npz")
+
+
+def test_the_slowest_kernels_are_listed() -> None:
+    assert "aten::mm" in slowest_kernels(lambda: torch.ones(8, 8) @ torch.ones(8, 8))
+
+
+def test_both_packages_open_with_all_parts(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped, bf16 = map(open_checkpoint, packages(trained, tmp_path, monkeypatch))
     assert (shipped.missing, bf16.missing) == ((), ())
     assert (shipped.quantization, bf16.quantization) == ("nf4 v2", "bf16")
     assert shipped.facts.name == "flux-demo"
