@@ -8,7 +8,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load, load_file, save, save_file
 
 from flux_nf4.errors import FormatError
-from flux_nf4.formats.header import DTYPES
+from flux_nf4.formats.dtypes import DTYPES
 from flux_nf4.formats.tensorfile import TensorFile, write_tensor_file
 
 NAMES = st.text(

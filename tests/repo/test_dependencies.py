@@ -61,7 +61,11 @@ def imported_libraries(path):
 
 
 # The name that is imported, where it is not the name that is installed.
-DISTRIBUTIONS = {"PIL": "pillow", "flux_nf4": "flux-nf4"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "flux_nf4": "flux-nf4",
+    "huggingface_hub": "huggingface-hub",
+}
 
 
 def test_the_package_imports_only_what_it_asks_for():

@@ -13,7 +13,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from flux_nf4 import __version__
-from flux_nf4.cli import demo, doctor, generate, info
+from flux_nf4.cli import convert, demo, doctor, generate, info, pull, verify
 from flux_nf4.cli.console import print_data
 from flux_nf4.cli.help import top_help, verb_help
 from flux_nf4.cli.options import Parameter, parameters
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
     from flux_nf4.cli.verb import Verb
 
-VERBS: tuple[Verb, ...] = (generate.VERB, demo.VERB, info.VERB, doctor.VERB)
+VERBS: tuple[Verb, ...] = (
+    generate.VERB,
+    demo.VERB,
+    pull.VERB,
+    info.VERB,
+    verify.VERB,
+    convert.VERB,
+    doctor.VERB,
+)
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], int]:

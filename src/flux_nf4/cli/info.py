@@ -18,7 +18,7 @@ from flux_nf4.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from flux_nf4.formats.checkpoint import Checkpoint
+    from flux_nf4.formats.survey import Survey
     from flux_nf4.pipeline.image_metadata import ImageRecord, ImageSettings
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -75,45 +75,45 @@ def _is_png(path: Path) -> bool:
 
 
 def _describe_checkpoint(path: Path) -> Description:
-    from flux_nf4.formats.checkpoint import open_checkpoint
+    from flux_nf4.formats.survey import survey
 
-    checkpoint = open_checkpoint(path)
+    surveyed = survey(path)
     parts = [
         {
             "part": kind,
-            "source": str(component.source),
-            "bytes": component.num_bytes,
+            "source": str(part.source),
+            "bytes": part.num_bytes,
             "stored": {
-                form: {"tensors": stored.num_tensors, "bytes": stored.num_bytes}
-                for form, stored in component.summary().items()
+                form: {"tensors": num_tensors, "bytes": num_bytes}
+                for form, (num_tensors, num_bytes) in part.stored.items()
             },
         }
-        for kind, component in checkpoint.components.items()
+        for kind, part in surveyed.parts.items()
     ]
     values = {
         "kind": "checkpoint",
-        "path": str(checkpoint.path),
-        "layout": checkpoint.layout,
-        "variant": checkpoint.variant,
-        "quantization": checkpoint.quantization,
-        "bytes": sum(component.num_bytes for component in checkpoint.components.values()),
+        "path": str(surveyed.path),
+        "layout": surveyed.layout,
+        "variant": surveyed.variant,
+        "quantization": surveyed.quantization,
+        "bytes": sum(part.num_bytes for part in surveyed.parts.values()),
         "parts": parts,
-        "missing": list(checkpoint.missing),
-        "facts": dataclasses.asdict(checkpoint.facts),
-        "notes": list(checkpoint.notes),
+        "missing": list(surveyed.missing),
+        "facts": dataclasses.asdict(surveyed.facts),
+        "notes": list(surveyed.notes),
     }
-    return Description(values=values, lines=tuple(_checkpoint_lines(checkpoint, values)))
+    return Description(values=values, lines=tuple(_checkpoint_lines(surveyed, values)))
 
 
-def _checkpoint_lines(checkpoint: Checkpoint, values: Mapping[str, Any]) -> list[str]:
-    facts = checkpoint.facts
+def _checkpoint_lines(surveyed: Survey, values: Mapping[str, Any]) -> list[str]:
+    facts = surveyed.facts
     lines = [
-        checkpoint.path.name or str(checkpoint.path),
+        surveyed.path.name or str(surveyed.path),
         *_rows(
             {
-                "model": f"FLUX.1 {checkpoint.variant} ({facts.name})",
-                "layout": checkpoint.layout,
-                "weights": checkpoint.quantization,
+                "model": f"FLUX.1 {surveyed.variant} ({facts.name})",
+                "layout": surveyed.layout,
+                "weights": surveyed.quantization,
                 "size": num_bytes_text(values["bytes"]),
                 "licence": facts.licence,
                 "draws": f"{facts.default_size} x {facts.default_size} pixels by itself, prompts "
@@ -130,8 +130,8 @@ def _checkpoint_lines(checkpoint: Checkpoint, values: Mapping[str, Any]) -> list
                 f"  {name:<{_COLUMN}}{form:<12}{stored['tensors']:>8,}{stored['bytes']:>18,}"
             )
             name = ""
-    lacking = (f"  {PART_NAMES[kind]:<{_COLUMN}}missing" for kind in checkpoint.missing)
-    return [*lines, *lacking, *(f"  note: {note}" for note in checkpoint.notes)]
+    lacking = (f"  {PART_NAMES[kind]:<{_COLUMN}}missing" for kind in surveyed.missing)
+    return [*lines, *lacking, *(f"  note: {note}" for note in surveyed.notes)]
 
 
 def _describe_image(path: Path) -> Description:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from flux_nf4.formats.facts import Facts
 
-_PREFIXES: dict[ComponentKind, str] = {
+# What the names of each part begin with.
+PREFIXES: dict[ComponentKind, str] = {
     "transformer": "model.diffusion_model.",
     "t5": "text_encoders.t5xxl.transformer.",
     "clip": "text_encoders.clip_l.transformer.",
@@ -85,7 +86,7 @@ def plan_all_in_one(
     for kind in COMPONENT_KINDS:
         if kind not in components:
             continue
-        for name, written_name in _written_names(kind, components[kind]).items():
+        for name, written_name in written_names(kind, components[kind]).items():
             sources.update(_plan_entry(kind, components[kind], name, written_name, vae_dtype))
         if logit_scales and kind in _LOGIT_SCALES:
             make = partial(torch.tensor, _LOGIT_SCALE)
@@ -100,7 +101,7 @@ def planned_bytes(sources: Mapping[str, TensorSource], facts: Facts | None = Non
     return len(encode_header(header)) + header.data_bytes
 
 
-def _written_names(kind: ComponentKind, entries: Mapping[str, Entry]) -> dict[str, str]:
+def written_names(kind: ComponentKind, entries: Mapping[str, Entry]) -> dict[str, str]:
     """Canonical name -> full name in the file, after checking that none is unknown or missing."""
     table = all_in_one_table(kind, entries)
     unknown = entries.keys() - table.names.keys()
@@ -108,7 +109,7 @@ def _written_names(kind: ComponentKind, entries: Mapping[str, Entry]) -> dict[st
     for names, problem in ((unknown, "is given names it does not have"), (missing, "lacks")):
         if names:
             raise FormatError(f"the {kind} part {problem}: {list_names(names)}")
-    return {name: _PREFIXES[kind] + table.names[name][0] for name in entries}
+    return {name: PREFIXES[kind] + table.names[name][0] for name in entries}
 
 
 def _plan_entry(

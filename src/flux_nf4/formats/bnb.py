@@ -9,34 +9,25 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from flux_nf4.errors import FormatError, InputError
+from flux_nf4.formats.keymap import STATE_PREFIX, STATE_SUFFIXES
 from flux_nf4.formats.strictjson import parse_json
 from flux_nf4.nf4.codec import (
     BLOCK_SIZES,
     NESTED_BLOCK_SIZE,
     NestedAbsmax,
     NF4Weight,
-    QuantType,
     levels,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_STATE = "quant_state.bitsandbytes__"
-STATE_SUFFIXES = tuple(_STATE + quant_type for quant_type in get_args(QuantType))
-COMPANION_SUFFIXES = (
-    "absmax",
-    "quant_map",
-    "nested_absmax",
-    "nested_quant_map",
-    *STATE_SUFFIXES,
-)
 MAX_STATE_BYTES = 4096  # the real ones have 80 to 180
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -45,15 +36,6 @@ _NESTED_KEYS = ("nested_blocksize", "nested_dtype", "nested_offset")
 # Readers, bitsandbytes' kernels included, decode with their own table: a map that says something
 # else would be silently ignored, so it is refused; the slack is bitsandbytes' own.
 _MAP_SLACK = 1e-6
-
-
-def split_companion(name: str) -> tuple[str, str] | None:
-    """`X.weight.absmax` -> (`X.weight`, `absmax`); None for a name that is no companion's."""
-    for suffix in COMPANION_SUFFIXES:
-        base = name.removesuffix(f".{suffix}")
-        if base != name and base.endswith(".weight"):
-            return base, suffix
-    return None
 
 
 def weight_from_tensors(name: str, codes: Tensor, companions: Mapping[str, Tensor]) -> NF4Weight:
@@ -114,8 +96,8 @@ def _read_state(name: str, companions: Mapping[str, Tensor]) -> tuple[str, dict[
     suffixes = [suffix for suffix in STATE_SUFFIXES if suffix in companions]
     if len(suffixes) != 1:
         raise FormatError(
-            f"quantised weight `{name}` must have exactly one `{_STATE}nf4` or `{_STATE}fp4`, "
-            f"got {sorted(companions)}"
+            f"quantised weight `{name}` must have exactly one `{STATE_PREFIX}nf4` or "
+            f"`{STATE_PREFIX}fp4`, got {sorted(companions)}"
         )
     suffix = suffixes[0]
     what = f"`{name}.{suffix}`"
@@ -126,7 +108,7 @@ def _read_state(name: str, companions: Mapping[str, Tensor]) -> tuple[str, dict[
     keys = set(state) if isinstance(state, dict) else None
     if keys not in (set(_KEYS), {*_KEYS, *_NESTED_KEYS}):
         raise FormatError(f"{what} must hold {', '.join(_KEYS)}, got {state!r:.200}")
-    problem = _state_problem(state, suffix.removeprefix(_STATE))
+    problem = _state_problem(state, suffix.removeprefix(STATE_PREFIX))
     if problem:
         raise FormatError(f"{what} has the wrong {problem}")
     return suffix, state
@@ -217,7 +199,7 @@ def tensors_from_weight(name: str, weight: NF4Weight) -> dict[str, Tensor]:
     tensors = {
         name: weight.codes.view(-1, 1),
         f"{name}.quant_map": levels(weight.quant_type),
-        f"{name}.{_STATE}{weight.quant_type}": state,
+        f"{name}.{STATE_PREFIX}{weight.quant_type}": state,
     }
     absmax = weight.absmax
     if isinstance(absmax, NestedAbsmax):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flux_nf4.errors import FormatError
-from flux_nf4.formats.bnb import split_companion, weight_from_tensors
+from flux_nf4.formats.bnb import weight_from_tensors
 from flux_nf4.formats.component import STORED_AS, Component, ComponentKind, Entries, Entry, Parts
 from flux_nf4.formats.keymap import (
     JUNK,
@@ -18,6 +18,7 @@ from flux_nf4.formats.keymap import (
     T5_EMBEDDING_COPY,
     VAE_CONVOLUTION_AS_LINEAR,
     Table,
+    split_companion,
     table_for,
 )
 

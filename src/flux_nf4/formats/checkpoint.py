@@ -23,6 +23,7 @@ from flux_nf4.formats.component import (
     Stored,
 )
 from flux_nf4.formats.facts import FLUX_1_DEV, FLUX_1_SCHNELL, Facts
+from flux_nf4.formats.keymap import PREFIXES, variant_name
 from flux_nf4.formats.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -42,16 +43,6 @@ __all__ = [
 
 Layout: TypeAlias = Literal["all-in-one", "transformer-only", "diffusers"]
 
-# Longest first: the first that fits a name decides. Bare names belong to the transformer.
-PREFIXES: tuple[tuple[str, ComponentKind], ...] = (
-    ("text_encoders.t5xxl.transformer.", "t5"),
-    ("text_encoders.clip_l.transformer.", "clip"),
-    ("text_encoders.t5xxl.", "t5"),
-    ("text_encoders.clip_l.", "clip"),
-    ("model.diffusion_model.", "transformer"),
-    ("first_stage_model.", "vae"),
-    ("vae.", "vae"),
-)
 _PART_NAMES: dict[ComponentKind, str] = {
     "transformer": "the transformer",
     "t5": "the T5 text encoder",
@@ -103,10 +94,7 @@ class Checkpoint:
             return "none"
         # The shape of the weight, not of its packed bytes: see FORMAT rule 1 in `bnb`.
         num_channels = transformer.parts("img_in.weight")[0].shape[-1]
-        if num_channels == 64:
-            return "dev" if has_guidance(transformer) else "schnell"
-        names = {384: "fill", 128: "canny/depth"}
-        return names.get(num_channels, f"unknown ({num_channels} input channels)")
+        return variant_name(num_channels, guidance=has_guidance(transformer))
 
     def summary(self) -> dict[ComponentKind, dict[str, Stored]]:
         """Part -> how it is stored -> how many tensors and bytes; reads headers only."""

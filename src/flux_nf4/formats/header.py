@@ -14,13 +14,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from flux_nf4.errors import FormatError
 from flux_nf4.formats.strictjson import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    import torch
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 25_000_000
@@ -30,30 +30,15 @@ MAX_NAME_LENGTH = 512
 MAX_DATA_BYTES = 2**62  # far above any disk, far below an overflow inside torch
 
 # In the order in which the safetensors library lays tensors out (0.8, `Dtype`, descending):
-# the widest first, so that every tensor is aligned to its own item size.
-DTYPES: dict[str, torch.dtype] = {
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F32": torch.float32,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# the widest first, so that every tensor is aligned to its own item size. Name -> bytes of an item.
+DTYPE_BYTES: dict[str, int] = {
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+    **dict.fromkeys(("F32", "U32", "I32"), 4),
+    **dict.fromkeys(("BF16", "F16", "U16", "I16"), 2),
+    **dict.fromkeys(("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_DTYPE_ORDER = {dtype: order for order, dtype in enumerate(DTYPES.values())}
+_DTYPE_ORDER = {name: order for order, name in enumerate(DTYPE_BYTES)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +46,18 @@ class TensorInfo:
     """Where one tensor lies: bytes `start` to `stop`, counted from the end of the header."""
 
     name: str
-    dtype: torch.dtype
+    dtype_name: str
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype as torch has it."""
+        # Not at the top: headers are read, and told of, where nobody needs torch.
+        from flux_nf4.formats.dtypes import DTYPES
+
+        return DTYPES[self.dtype_name]
 
     @property
     def num_bytes(self) -> int:
@@ -144,26 +137,32 @@ def _parse_entry(name: str, entry: Any) -> TensorInfo:
             f"tensor `{name}` must have `dtype`, `shape` and `data_offsets`, got {entry!r:.80}"
         )
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
-    if dtype is None:
+    item_bytes = DTYPE_BYTES.get(dtype_name) if isinstance(dtype_name, str) else None
+    if item_bytes is None:
         raise FormatError(
             f"tensor `{name}` has the unknown dtype {dtype_name!r:.40}",
-            hint=f"known are {', '.join(DTYPES)}",
+            hint=f"known are {', '.join(DTYPE_BYTES)}",
         )
     if not _is_list_of_sizes(shape) or len(shape) > MAX_NUM_AXES:
         raise FormatError(f"tensor `{name}` has the impossible shape {shape!r:.80}")
     if not _is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FormatError(f"tensor `{name}` has the impossible data_offsets {offsets!r:.80}")
     # An axis of length 0 must not hide the size of the others: torch multiplies them for strides.
-    if math.prod(max(size, 1) for size in shape) * dtype.itemsize > MAX_DATA_BYTES:
+    if math.prod(max(size, 1) for size in shape) * item_bytes > MAX_DATA_BYTES:
         raise FormatError(f"tensor `{name}` has the impossible shape {shape!r:.80}")
-    num_bytes = math.prod(shape) * dtype.itemsize
+    num_bytes = math.prod(shape) * item_bytes
     if offsets[1] - offsets[0] != num_bytes:
         raise FormatError(
             f"tensor `{name}` of {dtype_name} {shape} needs {num_bytes} bytes, "
             f"but its data_offsets span {offsets[1] - offsets[0]}"
         )
-    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), start=offsets[0], stop=offsets[1])
+    return TensorInfo(
+        name=name,
+        dtype_name=dtype_name,
+        shape=tuple(shape),
+        start=offsets[0],
+        stop=offsets[1],
+    )
 
 
 def _is_list_of_sizes(value: Any) -> bool:
@@ -182,16 +181,23 @@ def plan_header(
     Raises:
         FormatError: a name, a dtype or a metadata entry that a reader would refuse.
     """
+    from flux_nf4.formats.dtypes import DTYPE_NAMES
+
+    named: list[tuple[int, bytes, str, str, tuple[int, ...]]] = []
+    for name, dtype, shape in specs:
+        _check_name(name)
+        dtype_name = DTYPE_NAMES.get(dtype)
+        if dtype_name is None or name == "__metadata__":
+            raise FormatError(f"tensor `{name}` of {dtype} cannot be written to safetensors")
+        named.append((_DTYPE_ORDER[dtype_name], name.encode(), name, dtype_name, tuple(shape)))
     infos: dict[str, TensorInfo] = {}
     position = 0
-    ordered = sorted(specs, key=lambda spec: (_DTYPE_ORDER.get(spec[1], -1), spec[0].encode()))
-    for name, dtype, shape in ordered:
-        _check_name(name)
-        if dtype not in DTYPE_NAMES or name == "__metadata__" or name in infos:
-            raise FormatError(f"tensor `{name}` of {dtype} cannot be written to safetensors")
-        stop = position + math.prod(shape) * dtype.itemsize
+    for _, _, name, dtype_name, shape in sorted(named):
+        if name in infos:
+            raise FormatError(f"tensor `{name}` is given twice")
+        stop = position + math.prod(shape) * DTYPE_BYTES[dtype_name]
         infos[name] = TensorInfo(
-            name=name, dtype=dtype, shape=tuple(shape), start=position, stop=stop
+            name=name, dtype_name=dtype_name, shape=shape, start=position, stop=stop
         )
         position = stop
     return Header(infos=infos, metadata=_parse_metadata(dict(metadata or {})))
@@ -204,7 +210,7 @@ def encode_header(header: Header) -> bytes:
         values["__metadata__"] = dict(sorted(header.metadata.items()))
     for info in header.infos.values():
         values[info.name] = {
-            "dtype": DTYPE_NAMES[info.dtype],
+            "dtype": info.dtype_name,
             "shape": list(info.shape),
             "data_offsets": [info.start, info.stop],
         }

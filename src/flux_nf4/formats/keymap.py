@@ -105,6 +105,28 @@ T5_EMBEDDING = "shared.weight"
 T5_EMBEDDING_COPY = "encoder.embed_tokens.weight"
 CLIP_PROJECTION = "text_projection.weight"
 
+# Longest first: the first that fits a name decides. Bare names belong to the transformer.
+PREFIXES: tuple[tuple[str, Literal["transformer", "t5", "clip", "vae"]], ...] = (
+    ("text_encoders.t5xxl.transformer.", "t5"),
+    ("text_encoders.clip_l.transformer.", "clip"),
+    ("text_encoders.t5xxl.", "t5"),
+    ("text_encoders.clip_l.", "clip"),
+    ("model.diffusion_model.", "transformer"),
+    ("first_stage_model.", "vae"),
+    ("vae.", "vae"),
+)
+
+# What travels beside a weight `X.weight` that bitsandbytes quantised, after `X.weight.`.
+STATE_PREFIX = "quant_state.bitsandbytes__"
+STATE_SUFFIXES = tuple(STATE_PREFIX + quant_type for quant_type in ("nf4", "fp4"))
+COMPANION_SUFFIXES = (
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    *STATE_SUFFIXES,
+)
+
 # Names that some files carry and no part needs, after the part's own prefix.
 JUNK: dict[str, frozenset[str]] = {
     "transformer": frozenset(),
@@ -283,3 +305,20 @@ def _prefixed(modules: Mapping[str, Names], ours: str, theirs: str) -> dict[str,
         f"{ours}{name}": tuple(f"{theirs}{other}" for other in others)
         for name, others in modules.items()
     }
+
+
+def split_companion(name: str) -> tuple[str, str] | None:
+    """`X.weight.absmax` -> (`X.weight`, `absmax`); None for a name that is no companion's."""
+    for suffix in COMPANION_SUFFIXES:
+        base = name.removesuffix(f".{suffix}")
+        if base != name and base.endswith(".weight"):
+            return base, suffix
+    return None
+
+
+def variant_name(num_channels: int, *, guidance: bool) -> str:
+    """Which FLUX.1 has so many input channels, and a guidance embedder or none."""
+    if num_channels == 64:
+        return "dev" if guidance else "schnell"
+    names = {384: "fill", 128: "canny/depth"}
+    return names.get(num_channels, f"unknown ({num_channels} input channels)")

@@ -8,8 +8,6 @@ truncates while it is mapped is beyond anyone's help: replace files by renaming,
 from __future__ import annotations
 
 import mmap
-import os
-import stat
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +18,10 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
-from flux_nf4.errors import FormatError, InputError, ModelNotFoundError
+from flux_nf4.errors import FormatError
 from flux_nf4.formats.atomic import atomic_file
-from flux_nf4.formats.header import (
-    LENGTH_BYTES,
-    MAX_HEADER_BYTES,
-    Header,
-    TensorInfo,
-    encode_header,
-    parse_header,
-    plan_header,
-)
+from flux_nf4.formats.header import TensorInfo, encode_header, plan_header
+from flux_nf4.formats.headerfile import open_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,21 +30,6 @@ __all__ = ["TensorFile", "TensorInfo", "TensorSource", "write_sources", "write_t
 
 _MAP_NORESERVE = 0x4000  # Linux's <asm-generic/mman.h>; Python names it from 3.13 on
 _CHUNK_BYTES = 1 << 24  # one write: small enough that Ctrl-C is answered at once
-
-_PICKLE = "a pickle, which can run code when it is opened"
-_FOREIGN = (
-    (b"PK\x03\x04", "a zip archive, probably PyTorch's own format (a pickle, which can run code)"),
-    (b"\x80\x02", _PICKLE),
-    (b"\x80\x03", _PICKLE),
-    (b"\x80\x04", _PICKLE),
-    (b"\x80\x05", _PICKLE),
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file that it points to"),
-    (b"<!", "a web page, probably an error or log-in page saved instead of the file"),
-    (b"<html", "a web page, probably an error or log-in page saved instead of the file"),
-)
 
 
 class TensorFile:
@@ -69,23 +45,14 @@ class TensorFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            # O_NONBLOCK: opening a named pipe must not wait for a writer.
-            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ModelNotFoundError(f"cannot open `{path}`: {reason}") from error
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"`{path}` is not a regular file")
-            header, self._data_start = self._read_header(descriptor, status.st_size)
-            self._mapping = _map_file(descriptor, status.st_size)
-        except OSError as error:
-            raise FormatError(f"cannot read `{path}`: {error.strerror or error}") from error
-        finally:
-            os.close(descriptor)
-        self.num_bytes: int = status.st_size
+        with open_header(path) as opened:
+            self._data_start = opened.data_start
+            try:
+                self._mapping = _map_file(opened.descriptor, opened.num_bytes)
+            except OSError as error:
+                raise FormatError(f"cannot read `{path}`: {error.strerror or error}") from error
+        header = opened.header
+        self.num_bytes: int = opened.num_bytes
         self.metadata: dict[str, str] = header.metadata
         self.infos: Mapping[str, TensorInfo] = MappingProxyType(header.infos)
 
@@ -116,53 +83,6 @@ class TensorFile:
         if not aligned:
             values = values.clone().view(info.dtype)
         return values.view(info.shape)
-
-    def _read_header(self, descriptor: int, num_bytes: int) -> tuple[Header, int]:
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            start = file.read(LENGTH_BYTES + 64)
-            self._reject_foreign(start)
-            if len(start) < LENGTH_BYTES:
-                raise FormatError(
-                    f"`{self.path}` has {num_bytes} bytes, too few for a safetensors file",
-                    hint="was the download cut short? get it again",
-                )
-            header_bytes = int.from_bytes(start[:LENGTH_BYTES], "little")
-            if header_bytes > MAX_HEADER_BYTES:
-                raise FormatError(
-                    f"`{self.path}` is not a safetensors file: its first bytes, {start[:8]!r}, "
-                    f"would mean a header of {header_bytes} bytes"
-                )
-            data_start = LENGTH_BYTES + header_bytes
-            if data_start > num_bytes:
-                raise FormatError(
-                    f"`{self.path}` ends after {num_bytes} bytes, within its header of "
-                    f"{header_bytes} bytes",
-                    hint="was the download cut short? get it again",
-                )
-            file.seek(LENGTH_BYTES)
-            data = file.read(header_bytes)
-        try:
-            header = parse_header(data)
-        except FormatError as error:
-            raise FormatError(f"`{self.path}`: {error.message}", hint=error.hint) from error
-        expected_bytes = data_start + header.data_bytes
-        if expected_bytes != num_bytes:
-            raise FormatError(
-                f"`{self.path}` has {num_bytes} bytes, but its header describes {expected_bytes}",
-                hint="was the download cut short? get it again"
-                if num_bytes < expected_bytes
-                else None,
-            )
-        return header, data_start
-
-    def _reject_foreign(self, start: bytes) -> None:
-        for magic, description in _FOREIGN:
-            # A header length that happens to begin so is followed by `{` and decided below.
-            if start.startswith(magic) and start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
-                raise FormatError(
-                    f"`{self.path}` is {description}, not safetensors",
-                    hint="get the safetensors version of this model",
-                )
 
 
 def _map_file(descriptor: int, num_bytes: int) -> mmap.mmap:

@@ -7,11 +7,11 @@ import torch
 from flux_nf4.errors import FormatError, InputError
 from flux_nf4.formats.bnb import (
     check_absmax_is_finite,
-    split_companion,
     state_bytes,
     tensors_from_weight,
     weight_from_tensors,
 )
+from flux_nf4.formats.keymap import split_companion
 from flux_nf4.nf4 import reference
 
 STATE = "quant_state.bitsandbytes__nf4"

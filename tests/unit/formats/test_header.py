@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from flux_nf4.errors import FormatError
+from flux_nf4.formats.dtypes import DTYPES
 from flux_nf4.formats.header import (
-    DTYPES,
     MAX_NUM_TENSORS,
     encode_header,
     parse_header,

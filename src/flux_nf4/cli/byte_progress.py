@@ -1,0 +1,87 @@
+"""How many bytes are done, for work on files: silent for two seconds, as short work needs no bar.
+
+Then a bar on a terminal, and elsewhere a line each 10 %.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from flux_nf4.cli.console import print_plain, stderr_console
+from flux_nf4.cli.findings import num_bytes_text
+from flux_nf4.cli.progress import duration
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.progress import Progress as RichProgress
+
+PATIENCE_S = 2.0
+
+
+class ByteProgress:
+    """A context to be told of bytes: `with ByteProgress("writing", total) as progress`."""
+
+    def __init__(self, verb: str, num_bytes: int, *, quiet: bool = False) -> None:
+        self.verb = verb
+        self.num_bytes = max(num_bytes, 1)
+        self.quiet = quiet
+        self.bytes_done = 0
+        self.tenths_said = 0
+        self.started_s = time.monotonic()
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> ByteProgress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, num_bytes: int) -> None:
+        """So many bytes more are done."""
+        self.bytes_done += num_bytes
+        if self.quiet or time.monotonic() - self.started_s < PATIENCE_S:
+            return
+        if stderr_console().is_terminal and not stderr_console().is_dumb_terminal:
+            self._draw()
+        else:
+            self._say()
+
+    def _say(self) -> None:
+        tenths = 10 * self.bytes_done // self.num_bytes
+        if tenths == self.tenths_said:
+            return
+        self.tenths_said = tenths
+        passed_s = time.monotonic() - self.started_s
+        speed = self.bytes_done / passed_s
+        left_s = max(self.num_bytes - self.bytes_done, 0) / max(speed, 1)
+        print_plain(
+            f"{self.verb}: {10 * tenths} % ({num_bytes_text(self.bytes_done)}, "
+            f"{num_bytes_text(speed)}/s, {duration(left_s)} left)"
+        )
+
+    def _draw(self) -> None:
+        from rich import progress
+
+        if self._bar is None:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=30, complete_style="cyan", finished_style="cyan"),
+                progress.DownloadColumn(),
+                progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(compact=True),
+                console=stderr_console(),
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._bar.add_task(self.verb, total=self.num_bytes)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=self.bytes_done)

@@ -1,0 +1,232 @@
+"""What each layout holds, as plans: name -> dtype, shape, and how to make the values.
+
+A plan needs headers alone, but for one question: where a layout has a narrower dtype than the
+source (fp8 for T5, fp16 for CLIP, bf16 for biases), the values are read once to see whether they
+are all values of the narrower one. Only then it is taken: a conversion loses nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from flux_nf4.formats.allinone import PREFIXES, written_names
+from flux_nf4.formats.bnb import tensors_from_weight
+from flux_nf4.formats.forms import (
+    FP8_DTYPES,
+    Form,
+    Piece,
+    is_exact,
+    is_split,
+    split_pieces,
+    whole_piece,
+)
+from flux_nf4.formats.keymap import VAE_CONVOLUTION_AS_LINEAR, transformer_table
+from flux_nf4.formats.tensorfile import TensorSource
+from flux_nf4.nf4.codec import NF4Weight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from flux_nf4.formats.component import ComponentKind, Entry
+
+# "parts" is the all-in-one's naming, one part a file and without the prefixes.
+Naming: TypeAlias = Literal["all-in-one", "parts", "diffusers"]
+
+_NARROW: dict[ComponentKind, torch.dtype] = {"t5": torch.float8_e4m3fn, "clip": torch.float16}
+_LABELS = {torch.float8_e4m3fn: "fp8", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_ENCODERS: dict[ComponentKind, str] = {"t5": "T5", "clip": "CLIP"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartPlan:
+    """The tensors of one part as a layout has them; `notes` tell what a user may wonder about."""
+
+    sources: dict[str, TensorSource]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """The pieces of a part by the name that they are written under."""
+
+    by_name: dict[str, Piece] = field(default_factory=dict)
+
+    def ending(self, suffix: str) -> list[Piece]:
+        return [piece for piece in self.by_name.values() if piece.name.endswith(suffix)]
+
+
+def plan_part(
+    kind: ComponentKind, entries: Mapping[str, Entry], *, naming: Naming, form: Form
+) -> PartPlan:
+    """One part under the names of a layout, every value as it is stored.
+
+    `form` concerns the transformer: its weights as they are, un-nested, or expanded to bf16.
+
+    Raises:
+        FormatError: a name is unknown or missing.
+    """
+    if kind == "transformer":
+        return _plan_transformer(entries, naming, form)
+    names = written_names(kind, entries)
+    start = len(PREFIXES[kind])
+    if naming == "diffusers":
+        names = {name: name for name in names}
+    elif naming == "parts":
+        names = {name: full_name[start:] for name, full_name in names.items()}
+    pieces = {
+        full_name: Piece(entries=entries, name=name) for name, full_name in sorted(names.items())
+    }
+    notes: list[str] = []
+    narrow = None
+    if naming != "diffusers" and kind in _NARROW:
+        narrow = _common_dtype(pieces.values(), _NARROW[kind])
+        if narrow is None:
+            notes.append(
+                f"{_ENCODERS[kind]} stays as it is stored: {_LABELS[_NARROW[kind]]}, which other "
+                "all-in-one files have there, would change its values"
+            )
+    sources: dict[str, TensorSource] = {}
+    for full_name, piece in pieces.items():
+        sources.update(_plain(full_name, piece, _text_dtype(piece, naming, narrow), naming))
+    if naming == "diffusers" and any(
+        piece.outline().dtype in FP8_DTYPES for piece in pieces.values()
+    ):
+        notes.append(
+            f"{_ENCODERS.get(kind, 'the VAE')} is written in bf16, as Diffusers reads no fp8; "
+            "every value stays the same"
+        )
+    return PartPlan(sources=sources, notes=tuple(notes))
+
+
+def _text_dtype(piece: Piece, naming: Naming, narrow: torch.dtype | None) -> torch.dtype:
+    stored = piece.outline().dtype
+    if naming == "diffusers" and stored in FP8_DTYPES:
+        return torch.bfloat16
+    return narrow or stored
+
+
+def _common_dtype(pieces: Iterable[Piece], dtype: torch.dtype) -> torch.dtype | None:
+    """`dtype` if it holds every value of every piece."""
+    return dtype if all(_holds(piece, dtype) for piece in pieces) else None
+
+
+def _holds(piece: Piece, dtype: torch.dtype) -> bool:
+    # A function of its own, so that one tensor is gone before the next is read.
+    if piece.outline().dtype == dtype:
+        return True
+    entry = piece.read()
+    return isinstance(entry, Tensor) and is_exact(entry, dtype)
+
+
+def _plan_transformer(entries: Mapping[str, Entry], naming: Naming, form: Form) -> PartPlan:
+    pieces = _Pieces(_transformer_pieces(entries, naming, form))
+    bias_dtype, scale_dtype = None, None
+    if is_split(entries) != (naming == "diffusers"):
+        # From one dialect to the other, vectors take the dtype that they have there.
+        bias_dtype = _common_dtype(pieces.ending(".bias"), torch.bfloat16)
+        scale_dtype = _common_dtype(
+            pieces.ending(".scale"), torch.bfloat16 if naming == "diffusers" else torch.float32
+        )
+    sources: dict[str, TensorSource] = {}
+    unnested: list[NF4Weight] = []
+    for full_name, piece in pieces.by_name.items():
+        outlined = piece.outline()
+        if isinstance(outlined, NF4Weight):
+            sources.update(_quantized(full_name, piece, outlined))
+            if piece.loses_nesting:
+                unnested.append(outlined)
+            continue
+        dtype = bias_dtype if full_name.endswith(".bias") else None
+        dtype = scale_dtype if piece.name.endswith(".scale") else dtype
+        if naming == "diffusers" and outlined.dtype in FP8_DTYPES:
+            dtype = torch.bfloat16
+        sources.update(_plain(full_name, piece, dtype or outlined.dtype, naming))
+    return PartPlan(sources=sources, notes=_transformer_notes(form, unnested))
+
+
+def _transformer_pieces(
+    entries: Mapping[str, Entry], naming: Naming, form: Form
+) -> dict[str, Piece]:
+    split = is_split(entries)
+    full_names = written_names("transformer", entries)
+    if naming != "diffusers":
+        start = len(PREFIXES["transformer"]) if naming == "parts" else 0
+        return {
+            full_names[name][start:]: whole_piece(entries, name, form, split=split)
+            for name in entries
+        }
+    table = transformer_table(
+        _num_blocks(entries, "double_blocks."), _num_blocks(entries, "single_blocks.")
+    )
+    pieces: dict[str, Piece] = {}
+    for name in entries:
+        theirs = table.names[name]
+        cut = split_pieces(entries, name, form, num_pieces=len(theirs), split=split)
+        pieces.update(zip(theirs, cut, strict=True))
+    return pieces
+
+
+def _num_blocks(names: Iterable[str], prefix: str) -> int:
+    return len({name.split(".")[1] for name in names if name.startswith(prefix)})
+
+
+def _transformer_notes(form: Form, unnested: list[NF4Weight]) -> tuple[str, ...]:
+    notes = []
+    if unnested:
+        num_blocks = sum(weight.codes.numel() * 2 // weight.block_size for weight in unnested)
+        notes.append(
+            f"{len(unnested)} doubly quantised weights are joined or cut where their statistics "
+            f"cannot be, so these are un-nested: no value changes, {num_blocks:,} bytes of "
+            f"statistics become {4 * num_blocks:,}"
+        )
+    if form == "bf16":
+        notes.append(
+            "each weight is rounded to bf16 once; what is bf16 or fp8 already keeps its value"
+        )
+    return tuple(notes)
+
+
+def _plain(
+    full_name: str, piece: Piece, dtype: torch.dtype, naming: Naming
+) -> dict[str, TensorSource]:
+    shape = tuple(piece.outline().shape)
+    is_convolution = naming != "diffusers" and piece.name in VAE_CONVOLUTION_AS_LINEAR
+    if is_convolution and len(shape) == 2:
+        shape = (*shape, 1, 1)
+    make = partial(_make_plain, piece, dtype, shape)
+    return {full_name: TensorSource(dtype=dtype, shape=shape, make=make)}
+
+
+def _make_plain(piece: Piece, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    entry = piece.read()
+    assert isinstance(entry, Tensor)
+    return entry.to(dtype).reshape(shape)
+
+
+def _quantized(full_name: str, piece: Piece, outlined: NF4Weight) -> dict[str, TensorSource]:
+    return {
+        name: TensorSource(
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            # The small companions are values already; the rest are outlines, made when due.
+            make=partial(_make_quantized, piece, full_name, name)
+            if tensor.is_meta
+            else partial(_given, tensor),
+        )
+        for name, tensor in tensors_from_weight(full_name, outlined).items()
+    }
+
+
+def _make_quantized(piece: Piece, full_name: str, name: str) -> Tensor:
+    weight = piece.read()
+    assert isinstance(weight, NF4Weight)
+    return tensors_from_weight(full_name, weight)[name]
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,72 @@
+"""One part of a model, from whatever holds it: its own file or folder, or a whole checkpoint.
+
+T5, CLIP and VAE files as other tools distribute them have bare names (`encoder.block.0...`,
+`text_model...`, `decoder.conv_in...`); inside an all-in-one file they carry prefixes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flux_nf4.errors import FormatError, InputError, ModelNotFoundError
+from flux_nf4.formats import folder
+from flux_nf4.formats.canonical import StoredTensor, list_names, read_component
+from flux_nf4.formats.facts import Facts
+from flux_nf4.formats.keymap import PREFIXES
+from flux_nf4.formats.tensorfile import TensorFile
+
+if TYPE_CHECKING:
+    from flux_nf4.formats.component import Component, ComponentKind
+
+
+def open_part(kind: ComponentKind, path: str | Path) -> Component:
+    """Open one part: from its own file, its Diffusers folder, or a checkpoint that has it.
+
+    Raises:
+        ModelNotFoundError: nothing is there, or it does not hold this part.
+        FormatError: a file is damaged, hostile, or holds something else.
+        InputError: the path is empty or a device, or a folder holds two candidates.
+    """
+    if not str(path) or "\0" in str(path):
+        raise InputError(f"the path {str(path)!r} is no path")
+    path = Path(path)
+    try:
+        if not path.is_dir():
+            return _open_file(kind, path)
+        if not folder.is_diffusers_folder(path):
+            return folder.read_part(kind, path)
+    except OSError as error:
+        raise ModelNotFoundError(f"cannot open `{path}`: {error.strerror or error}") from error
+    if not (path / folder.PART_FOLDERS[kind]).is_dir():
+        raise ModelNotFoundError(f"`{path}` holds no `{folder.PART_FOLDERS[kind]}`")
+    return folder.read_part(kind, path / folder.PART_FOLDERS[kind])
+
+
+def _open_file(kind: ComponentKind, path: Path) -> Component:
+    file = TensorFile(path)
+    tensors: dict[str, StoredTensor] = {}
+    for full_name in file.names:
+        fitting = ((prefix, found) for prefix, found in PREFIXES if full_name.startswith(prefix))
+        prefix, found = next(fitting, ("", kind))
+        name = full_name.removeprefix(prefix)
+        if found != kind:
+            continue
+        if name in tensors:
+            names = list_names([full_name, tensors[name].name])
+            raise FormatError(f"`{path}` holds one tensor under two names: {names}")
+        tensors[name] = StoredTensor(file, full_name)
+    if not tensors:
+        raise ModelNotFoundError(f"`{path}` holds no {kind}")
+    return read_component(kind, tensors, path)
+
+
+def recorded_facts(component: Component) -> Facts | None:
+    """The facts that our writers put into the metadata of a transformer's file, if they did.
+
+    Raises:
+        FormatError: the entry is damaged.
+    """
+    if not component.source.is_file():
+        return None
+    return Facts.from_metadata(TensorFile(component.source).metadata)

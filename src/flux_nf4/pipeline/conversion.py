@@ -1,0 +1,380 @@
+"""From any checkpoint, or parts of several, to any layout, without losing a bit on the way.
+
+`gather` opens what is to be converted, `plan_conversion` says which files it becomes, and
+`Conversion.write` writes them one tensor at a time. Values pass as they are stored: no NF4 weight
+is ever expanded on its way to NF4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from flux_nf4.errors import DiskError, InputError
+from flux_nf4.formats.atomic import atomic_file
+from flux_nf4.formats.atomicfolder import atomic_folder
+from flux_nf4.formats.checkpoint import Checkpoint, has_guidance, open_checkpoint
+from flux_nf4.formats.component import COMPONENT_KINDS, Component, ComponentKind
+from flux_nf4.formats.facts import FLUX_1_DEV, FLUX_1_SCHNELL, Facts
+from flux_nf4.formats.folder import MODEL_INDEX, PART_FOLDERS, TOKENIZER_FOLDERS
+from flux_nf4.formats.header import encode_header, plan_header
+from flux_nf4.formats.layouts import Naming, plan_part
+from flux_nf4.formats.parts import open_part, recorded_facts
+from flux_nf4.formats.tensorfile import TensorFile, TensorSource, write_sources
+from flux_nf4.pipeline.diffusers_configs import WEIGHT_FILES, diffusers_texts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from flux_nf4.formats.forms import Form
+
+OutputLayout: TypeAlias = Literal["all-in-one", "transformer-only", "diffusers", "parts"]
+
+_LOGIT_SCALES = ("text_encoders.t5xxl.logit_scale", "text_encoders.clip_l.logit_scale")
+_FLUX_1_VOCABULARIES = {
+    "shared.weight": 32128,
+    "text_model.embeddings.token_embedding.weight": 49408,
+}
+# What a Diffusers folder's configurations say of a model; the rest stands in the metadata alone.
+_CONFIGURED = (
+    "clip_eos_token_id",
+    "vae_scaling_factor",
+    "vae_shift_factor",
+    "vae_norm_num_groups",
+    "use_dynamic_shifting",
+    "shift",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """What is to be converted: parts, what is known beside them, and where they come from.
+
+    `metadata_facts` are those that a file of ours should carry: None where FLUX.1's own do.
+    """
+
+    components: Mapping[ComponentKind, Component]
+    facts: Facts
+    metadata_facts: Facts | None
+    tokenizer_folders: Mapping[Literal["t5", "clip"], Path]
+    extras: Mapping[str, TensorSource] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files and folders that are read."""
+        return tuple(component.source for component in self.components.values())
+
+
+def gather(source: str | None, parts: Mapping[ComponentKind, str]) -> Gathered:
+    """Open a checkpoint, and `parts` (kind -> path) that take the place of its own or join them.
+
+    Raises:
+        InputError: there is neither a checkpoint nor a transformer.
+        ModelNotFoundError, FormatError: as `open_checkpoint` and `open_part`.
+    """
+    base_path = parts.get("transformer") if source is None else source
+    if base_path is None:
+        raise InputError(
+            "there is no transformer to convert", hint="name a checkpoint, or `--transformer PATH`"
+        )
+    checkpoint = open_checkpoint(base_path)
+    components = dict(checkpoint.components)
+    if source is None:
+        components = {kind: part for kind, part in components.items() if kind == "transformer"}
+    for kind, path in parts.items():
+        if (kind, path) != ("transformer", base_path):
+            components[kind] = open_part(kind, path)
+    if "transformer" not in components:
+        raise InputError(
+            f"`{base_path}` holds no transformer", hint="add one by `--transformer PATH`"
+        )
+    recorded = recorded_facts(components["transformer"])
+    facts = _merged(recorded, checkpoint) if recorded else checkpoint.facts
+    return Gathered(
+        components={kind: components[kind] for kind in COMPONENT_KINDS if kind in components},
+        facts=facts,
+        metadata_facts=facts if recorded or not _is_flux_1(facts, components) else None,
+        tokenizer_folders=checkpoint.tokenizer_folders if source is not None else {},
+        extras=_logit_scales(checkpoint) if source is not None and not parts else {},
+    )
+
+
+def _merged(recorded: Facts, checkpoint: Checkpoint) -> Facts:
+    if checkpoint.layout != "diffusers":
+        return recorded
+    configured = {name: getattr(checkpoint.facts, name) for name in _CONFIGURED}
+    return dataclasses.replace(recorded, **configured)
+
+
+def _is_flux_1(facts: Facts, components: Mapping[ComponentKind, Component]) -> bool:
+    """Whether a reader would come to these facts by itself; names of folders are no facts."""
+    default = FLUX_1_DEV if has_guidance(components["transformer"]) else FLUX_1_SCHNELL
+    return dataclasses.replace(facts, name=default.name) == default
+
+
+def _logit_scales(checkpoint: Checkpoint) -> dict[str, TensorSource]:
+    """The two scalars that some all-in-one files carry and nothing reads, as they are."""
+    if checkpoint.layout != "all-in-one":
+        return {}
+    file = TensorFile(checkpoint.components["transformer"].source)
+    return {
+        name: TensorSource(
+            dtype=file.infos[name].dtype,
+            shape=file.infos[name].shape,
+            make=partial(file.tensor, name),
+        )
+        for name in _LOGIT_SCALES
+        if name in file.infos
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFile:
+    """One file of tensors to be written."""
+
+    sources: Mapping[str, TensorSource]
+    metadata: Mapping[str, str]
+
+    @property
+    def data_bytes(self) -> int:
+        """How many bytes its tensors have."""
+        return sum(math.prod(each.shape) * each.dtype.itemsize for each in self.sources.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """How long the file will be."""
+        specs = ((name, source.dtype, source.shape) for name, source in self.sources.items())
+        header = plan_header(specs, self.metadata)
+        return len(encode_header(header)) + header.data_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """Which files a conversion makes; a single one has the path ''. `notes` are for the user."""
+
+    files: Mapping[str, OutputFile]
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    sources: tuple[Path, ...] = ()
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it makes a folder."""
+        return "" not in self.files
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes of tensors will be written, headers included."""
+        return sum(file.num_bytes for file in self.files.values())
+
+    @property
+    def data_bytes(self) -> int:
+        """How many bytes `on_bytes` will hear of."""
+        return sum(file.data_bytes for file in self.files.values())
+
+    def write(
+        self,
+        path: str | Path,
+        *,
+        replace: bool = False,
+        on_bytes: Callable[[int], None] = lambda _num_bytes: None,
+    ) -> None:
+        """Write it to `path`, whole or not at all; `on_bytes` hears of every tensor's bytes.
+
+        Raises:
+            InputError: something is there already and is not to be, or must not be, replaced.
+            DiskError: it could not be written; nothing is left behind.
+            FormatError: a source file is damaged.
+        """
+        path = Path(path)
+        if "\0" in str(path):
+            raise InputError(f"the path {str(path)!r} holds a NUL character")
+        try:
+            self._check_destination(path, replace=replace)
+        except OSError as error:
+            raise DiskError(
+                f"could not write `{path}`: {error.strerror or error}", hint="choose another name"
+            ) from error
+        _check_room(path, self.num_bytes)
+        if not self.is_folder:
+            _write_file(path, self.files[""], on_bytes)
+            return
+        with atomic_folder(path) as folder:
+            for name in (*self.files, *self.texts, *self.copies):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            for name, file in self.files.items():
+                _write_file(folder / name, file, on_bytes)
+            for name, text in self.texts.items():
+                with atomic_file(folder / name) as written:
+                    written.write(text)
+            for name, source in self.copies.items():
+                with atomic_file(folder / name) as written:
+                    written.write(source.read_bytes())
+
+    def _check_destination(self, path: Path, *, replace: bool) -> None:
+        if self.is_folder and path.suffix == ".safetensors":
+            raise InputError(f"`{path}` is to be a folder", hint="give it a name without a suffix")
+        if not path.exists():
+            return
+        if path.is_dir() != self.is_folder:
+            raise InputError(
+                f"`{path}` is a {'folder' if path.is_dir() else 'file'}, and a "
+                f"{'folder' if self.is_folder else 'file'} is to be written",
+                hint="give another name, or choose another `--layout`",
+            )
+        if self.is_folder and not any(path.iterdir()):
+            return
+        if not replace:
+            raise InputError(f"`{path}` exists already", hint="replace it by `--force`")
+        here = path.resolve()
+        if any(here in (each.resolve(), *each.resolve().parents) for each in self.sources):
+            raise InputError(
+                f"`{path}` holds what is being converted", hint="give the result another name"
+            )
+        if self.is_folder:
+            self._check_replaceable(path)
+
+    def _check_replaceable(self, path: Path) -> None:
+        known = {MODEL_INDEX, "scheduler", *PART_FOLDERS.values(), *TOKENIZER_FOLDERS.values()}
+        known |= {f"{kind}.safetensors" for kind in COMPONENT_KINDS}
+        others = sorted(each.name for each in path.iterdir() if each.name not in known)
+        if others:
+            raise InputError(
+                f"`{path}` holds more than a model (`{others[0]}`), and is not replaced",
+                hint="give another name, or remove it yourself",
+            )
+
+
+def _check_room(path: Path, num_bytes: int) -> None:
+    try:
+        free = shutil.disk_usage(path.absolute().parent).free
+    except OSError:  # no such folder, say: writing will tell
+        return
+    if free < num_bytes:
+        raise DiskError(
+            f"`{path}` needs {num_bytes:,} bytes, and its disk has {free:,} free",
+            hint="free some space on that disk, or write elsewhere",
+        )
+
+
+def _write_file(path: Path, file: OutputFile, on_bytes: Callable[[int], None]) -> None:
+    sources = {
+        name: dataclasses.replace(source, make=partial(_counted, source.make, on_bytes))
+        for name, source in file.sources.items()
+    }
+    write_sources(path, sources, metadata=file.metadata)
+
+
+def _counted(make: Callable[[], Tensor], on_bytes: Callable[[int], None]) -> Tensor:
+    tensor = make()
+    on_bytes(tensor.nbytes)
+    return tensor
+
+
+def plan_conversion(gathered: Gathered, *, layout: OutputLayout, form: Form) -> Conversion:
+    """Which files a layout asks for.
+
+    Raises:
+        FormatError: a part cannot be FLUX's, or a value does not fit.
+        ModelNotFoundError: the package holds no tokenizers for a Diffusers folder.
+    """
+    kinds = [
+        kind
+        for kind in gathered.components
+        if layout != "transformer-only" or kind == "transformer"
+    ]
+    naming: Naming = "all-in-one"
+    if layout in ("diffusers", "parts"):
+        naming = "diffusers" if layout == "diffusers" else "parts"
+    plans = {
+        kind: plan_part(kind, gathered.components[kind].entries, naming=naming, form=form)
+        for kind in kinds
+    }
+    notes = [note for plan in plans.values() for note in plan.notes]
+    sources = {kind: plan.sources for kind, plan in plans.items()}
+    facts = gathered.metadata_facts
+    metadata = facts.to_metadata() if facts else {}
+    notes += _notes(gathered, layout)
+    if layout == "diffusers":
+        return _plan_folder(gathered, sources, metadata, tuple(notes))
+    if layout == "parts":
+        files = {
+            f"{kind}.safetensors": OutputFile(
+                sources=sources[kind], metadata=metadata if kind == "transformer" else {}
+            )
+            for kind in kinds
+        }
+        return Conversion(files=files, notes=tuple(notes), sources=gathered.paths)
+    joined = {name: source for part in sources.values() for name, source in part.items()}
+    if layout == "all-in-one":
+        joined.update(gathered.extras)
+    file = OutputFile(sources=joined, metadata=metadata)
+    return Conversion(files={"": file}, notes=tuple(notes), sources=gathered.paths)
+
+
+def _plan_folder(
+    gathered: Gathered,
+    sources: Mapping[ComponentKind, Mapping[str, TensorSource]],
+    metadata: Mapping[str, str],
+    notes: tuple[str, ...],
+) -> Conversion:
+    own_tokenizers = set(gathered.tokenizer_folders) != {"t5", "clip"}
+    texts = diffusers_texts(
+        gathered.components, gathered.facts, sources, own_tokenizers=own_tokenizers
+    )
+    copies = {} if own_tokenizers else _tokenizer_copies(gathered)
+    files = {
+        f"{PART_FOLDERS[kind]}/{WEIGHT_FILES[kind]}": OutputFile(
+            sources=part,
+            metadata={"format": "pt", **(metadata if kind == "transformer" else {})},
+        )
+        for kind, part in sources.items()
+    }
+    return Conversion(files=files, texts=texts, copies=copies, notes=notes, sources=gathered.paths)
+
+
+def _tokenizer_copies(gathered: Gathered) -> dict[str, Path]:
+    return {
+        f"{TOKENIZER_FOLDERS[kind]}/{file.name}": file
+        for kind, folder in gathered.tokenizer_folders.items()
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.suffix in (".json", ".txt", ".model")
+    }
+
+
+def _notes(gathered: Gathered, layout: OutputLayout) -> list[str]:
+    notes = []
+    missing = [kind for kind in COMPONENT_KINDS if kind not in gathered.components]
+    if missing and layout in ("all-in-one", "diffusers"):
+        notes.append(f"the result lacks {', '.join(missing)}: the source has none")
+    if gathered.extras and layout != "all-in-one":
+        notes.append("the scalars named `logit_scale` are left out: nothing reads them")
+    if layout == "all-in-one" and gathered.tokenizer_folders and not _has_known_tokens(gathered):
+        notes.append(
+            "a file holds no tokenizers, and these are not FLUX.1's: prompts will be read by "
+            f"those that the package has as `{gathered.facts.tokenizer}`"
+        )
+    return notes
+
+
+def _has_known_tokens(gathered: Gathered) -> bool:
+    if gathered.facts.tokenizer != "flux1":
+        return True
+    return all(
+        part.parts(name)[0].shape[0] == size
+        for part in gathered.components.values()
+        for name, size in _FLUX_1_VOCABULARIES.items()
+        if name in set(part.entries)
+    )
