@@ -86,7 +86,8 @@ def _print_lines(found: Verification) -> None:
     if found.reference:
         same = "is" if found.sha256 and not found.faults else "has the length of"
         print_data(f"it {same} the published {found.reference}")
-    verdict = "ok" if not found.faults else f"{len(found.faults):,} findings"
+    num_faults = len(found.faults)
+    verdict = "ok" if not num_faults else f"{num_faults:,} finding{'s' if num_faults > 1 else ''}"
     parts = ", ".join(found.parts) or "nothing readable"
     print_data(
         f"{verdict}: {printable(str(found.path))}, {num_bytes_text(found.num_bytes)}, "
