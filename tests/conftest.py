@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# Before anything imports torch or the Hugging Face libraries, which read these once. A worker that
-# took every processor would slow the others down; a subprocess of a test inherits all of it.
+# Before anything imports torch or the Hugging Face libraries, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-_num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _num_workers)))
+# Threads that outnumber the processors wait for one another at every barrier, a hundred times
+# longer than they work. Only in xdist's workers: what its controller sets they would inherit.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples in every run: CI fails for a change, not for bad luck. No deadline: the first
 # example of a test may pay for an import.
