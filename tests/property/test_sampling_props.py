@@ -6,12 +6,11 @@ from hypothesis import strategies as st
 
 from flux_nf4.errors import InputError
 from flux_nf4.formats.facts import FLUX_1_DEV
+from flux_nf4.pipeline.limits import check_size, nearest_sizes
 from flux_nf4.pipeline.sampling import (
-    check_size,
     draw_noise,
     euler_step,
     make_schedule,
-    nearest_sizes,
     pack,
     unpack,
 )

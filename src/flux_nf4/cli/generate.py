@@ -68,8 +68,8 @@ def run(options: GenerateOptions) -> int:
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     _say_what_the_demo_knows(options, prompts)
 
+    from flux_nf4.pipeline.limits import check_size
     from flux_nf4.pipeline.load import LoadSettings, load_model
-    from flux_nf4.pipeline.sampling import check_size
 
     check_size(size.width or 1024, size.height or 1024)
     with make_progress(quiet=options.quiet) as progress:

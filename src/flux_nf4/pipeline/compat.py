@@ -19,9 +19,10 @@ from flux_nf4.errors import InputError, ModelNotFoundError
 from flux_nf4.pipeline.bnb_config import parse_dtype, parse_quantization_config
 from flux_nf4.pipeline.decode import decode_latents, to_pictures
 from flux_nf4.pipeline.generate import LatentsDone, generate_latents
+from flux_nf4.pipeline.limits import MAX_SEED
 from flux_nf4.pipeline.load import LoadSettings, Model, load_model
 from flux_nf4.pipeline.request import GenerationRequest
-from flux_nf4.pipeline.sampling import MAX_SEED, draw_noise_from, pack
+from flux_nf4.pipeline.sampling import draw_noise_from, pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable

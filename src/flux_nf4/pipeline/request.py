@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from flux_nf4.errors import InputError
-from flux_nf4.pipeline.sampling import MAX_SEED, MAX_STEPS, ScheduleKind, check_size
+from flux_nf4.pipeline.limits import MAX_SEED, MAX_STEPS, ScheduleKind, check_size
 
 # Far beyond what the text encoders read (512 tokens), and short enough to tokenize at once.
 MAX_PROMPT_CHARACTERS = 100_000

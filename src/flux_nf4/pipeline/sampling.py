@@ -1,4 +1,4 @@
-"""Sampling without the model: sizes, schedule, noise, packing and the Euler step. Pure.
+"""Sampling without the model: schedule, noise, packing and the Euler step. Pure.
 
 FLUX learns the velocity from image to noise along a straight line, so sampling is an Euler
 integration from sigma 1 (noise) to sigma 0 (image). The schedule `flux` is equal to Diffusers'
@@ -16,12 +16,13 @@ Shape letters, in this module only:
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from flux_nf4.errors import InputError, ShapeError
+from flux_nf4.pipeline.limits import MAX_STEPS, PIXELS_PER_TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,45 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flux_nf4.formats.facts import Facts
-
-ScheduleKind: TypeAlias = Literal["flux", "forge"]
+    from flux_nf4.pipeline.limits import ScheduleKind
 
 LATENT_CHANNELS = 16
 PIXELS_PER_LATENT = 8  # the VAE's reduction
-PIXELS_PER_TOKEN = 16  # two latents a token, in both directions
-MIN_SIZE, MAX_SIZE = 64, 4096  # pixels, each side
-MAX_STEPS = 1000  # the steps the model was trained with; finer ones do not exist for it
-MAX_SEED = 2**64 - 1
-
-
-def nearest_sizes(size: int) -> tuple[int, ...]:
-    """The legal sizes next to `size`, in pixels: itself, or the two around it, or the limit."""
-    if size <= MIN_SIZE:
-        return (MIN_SIZE,)
-    if size >= MAX_SIZE:
-        return (MAX_SIZE,)
-    below = size - size % PIXELS_PER_TOKEN
-    return (size,) if below == size else (below, below + PIXELS_PER_TOKEN)
-
-
-def check_size(width: int, height: int) -> None:
-    """Accept an image size that FLUX can draw.
-
-    Raises:
-        InputError: a side is not a multiple of 16, or not within 64 to 4096.
-    """
-    for name, size in (("width", width), ("height", height)):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise InputError(f"{name} must be a whole number of pixels, got `{size!r}`")
-        nearest = nearest_sizes(size)
-        if nearest == (size,):
-            continue
-        choice = " or ".join(str(legal) for legal in nearest)
-        raise InputError(
-            f"a {name} of {size} pixels cannot be drawn: sizes are multiples of "
-            f"{PIXELS_PER_TOKEN} from {MIN_SIZE} to {MAX_SIZE}",
-            hint=f"use a {name} of {choice}",
-        )
 
 
 def token_grid(width: int, height: int) -> tuple[int, int]:

@@ -3,15 +3,13 @@ import torch
 
 from flux_nf4.errors import InputError, ShapeError
 from flux_nf4.formats.facts import FLUX_1_DEV, FLUX_1_SCHNELL
+from flux_nf4.pipeline.limits import MAX_SEED, check_size, nearest_sizes
 from flux_nf4.pipeline.sampling import (
-    MAX_SEED,
-    check_size,
     draw_noise,
     draw_noise_from,
     euler_step,
     guide,
     make_schedule,
-    nearest_sizes,
     pack,
     predict_image,
     shift_exponent,
