@@ -1,0 +1,1 @@
+"""Memory: plans made before anything is loaded, and what carries them out."""

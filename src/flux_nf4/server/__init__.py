@@ -1,0 +1,1 @@
+"""The HTTP server: one parent that speaks to clients, one worker process a device."""
