@@ -370,15 +370,40 @@ def start_transformer(transformer: FluxTransformer) -> FluxTransformer:
 
 @torch.no_grad()
 def start_t5(t5: T5Encoder) -> T5Encoder:
-    """Mesh TensorFlow's starting weights, which T5's missing attention scale relies on."""
-    width = t5.shared.embedding_dim
+    """Mesh TensorFlow's starting weights, but heads that look at neighbours from the start.
+
+    The starting scales are those that T5's missing attention scale relies on. Its biases of
+    distance begin so small that attention hardly differs from a mean, and the order of words was
+    not found out in 15 million captions.
+    """
     nn.init.normal_(t5.shared.weight, std=1.0)
     for name, parameter in t5.encoder.named_parameters():
-        if parameter.ndim == 2:
-            fan_in = width if "relative" in name else parameter.shape[1]
+        if parameter.ndim == 2 and "relative" not in name:
             scale = 32 if name.endswith(".q.weight") else 1
-            nn.init.normal_(parameter, std=(fan_in * scale) ** -0.5)
+            nn.init.normal_(parameter, std=(parameter.shape[1] * scale) ** -0.5)
+    attention = t5.encoder.block[0].layer[0].SelfAttention
+    attention.relative_attention_bias.weight.copy_(
+        neighbour_biases(attention.relative_attention_bias.embedding_dim)
+    )
     return t5
+
+
+def neighbour_biases(num_heads: int) -> Tensor:
+    """A bias for each bucket of distance and head, (buckets, N), in values that e4m3 holds.
+
+    By turns: one back, one ahead, two back, two ahead, all that came before, all that follows.
+    """
+    biases = torch.zeros(NUM_BUCKETS, num_heads)
+    side = NUM_BUCKETS // 2
+    nearer = 3 - 0.75 * torch.arange(side).clamp(max=8)
+    for head in range(num_heads):
+        ahead, kind = side * (head % 2), head % 6 // 2
+        if kind < 2:
+            biases[ahead + kind + 1, head] = 4.0
+        else:
+            biases[:, head] = -3.0
+            biases[ahead : ahead + side, head] = nearer
+    return biases
 
 
 @torch.no_grad()

@@ -75,30 +75,38 @@ class Muon:
 
 
 class Optimizer:
-    """Muon for `matrices`, AdamW for `others`, gradient clipping at 1, and the average (EMA).
+    """Muon for `matrices`, AdamW for the rest, gradient clipping at 1, and the average (EMA).
 
-    `names` gives every parameter's name in the order matrices, others: the keys of its state.
+    `slow` parameters take AdamW's steps at `slow_factor` of the learning rate. `names` gives every
+    parameter's name in the order matrices, others, slow: the keys of its state.
     """
 
     def __init__(
         self,
         matrices: Sequence[tuple[str, nn.Parameter, list[int]]],
         others: Sequence[tuple[str, nn.Parameter]],
+        slow: Sequence[tuple[str, nn.Parameter]] = (),
         *,
+        slow_factor: float = 1.0,
         weight_decay: float = 0.0,
         adam_weight_decay: float = 0.0,
     ) -> None:
-        self.names = [name for name, *_ in matrices] + [name for name, _ in others]
-        self.parameters = [p for _, p, _ in matrices] + [p for _, p in others]
+        self.names = [name for name, *_ in (*matrices, *others, *slow)]
+        self.parameters = [p for _, p, *_ in (*matrices, *others, *slow)]
         device = self.parameters[0].device
         self._is_cuda = device.type == "cuda"
         self.learning_rate = torch.zeros((), device=device)
+        self.slow_factor, self.slow_rate = slow_factor, torch.zeros((), device=device)
         self.decay = torch.ones((), device=device)
         self.weight_decay = weight_decay
         self.muon = Muon([(p, pieces) for _, p, pieces in matrices])
+        groups = [(others, self.learning_rate), (slow, self.slow_rate)]
         self.adam = torch.optim.AdamW(
-            [p for _, p in others],
-            lr=self.learning_rate if self._is_cuda else 0.0,
+            [
+                {"params": [p for _, p in group], "lr": rate if self._is_cuda else 0.0}
+                for group, rate in groups
+                if group
+            ],
             betas=(0.9, 0.98),
             weight_decay=adam_weight_decay,
             fused=self._is_cuda,
@@ -108,10 +116,13 @@ class Optimizer:
 
     def set(self, learning_rate: float, decay: float) -> None:
         """The values for the steps to come: step size, and what the average keeps of itself."""
-        self.learning_rate.fill_(learning_rate)
+        rates = (learning_rate, learning_rate * self.slow_factor)
+        for tensor, rate in zip((self.learning_rate, self.slow_rate), rates, strict=True):
+            tensor.fill_(rate)
         self.decay.fill_(decay)
         if not self._is_cuda:
-            self.adam.param_groups[0]["lr"] = learning_rate
+            for group, rate in zip(self.adam.param_groups, rates, strict=False):
+                group["lr"] = rate
 
     def step(self) -> None:
         """Clip, step, average, and drop the gradients."""

@@ -6,6 +6,7 @@
 #
 # Needs training/work/scenes.npz and prompts.npz (python -m training.dataset, training.prompts).
 #   INIT=file      begin from the weights of this all-in-one file; no VAE is trained
+#   TEXT=file      with INIT: these text encoders (training.train_text), a new transformer
 #   RULE=1.25      strength of guidance, instead of a search on validation prompts
 #   LIMIT=555      seconds for this call; saving and packing can take 35 more
 #   KEEP=1         at the limit leave the training running; the next call finds it and waits on
@@ -105,6 +106,7 @@ start_flux() {
     local options=("${flux_options[@]}")
     if [[ -n $init ]]; then
         options+=(--init "$init")
+        if [[ -n ${TEXT:-} ]]; then options+=(--text "$TEXT"); fi
     elif [[ ! -f $state/autoencoder.json ]]; then
         sleep "$head_start"
     fi

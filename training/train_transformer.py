@@ -2,10 +2,13 @@
 
     python -m training.train_transformer --flow-seconds 800 --distil-seconds 90 --aware-seconds 200
     python -m training.train_transformer --init training/weights/flux-demo-bf16.safetensors ...
+    python -m training.train_transformer --init FILE --text FILE
 
 Needs `scenes.npz` and `prompts.npz` in the work folder, and waits for the VAE that
-`training.train_autoencoder` makes, or, with `--init`, takes it and all other weights from a file
-(`warm_start`). It compiles meanwhile. The stages, each from where it stopped:
+`training.train_autoencoder` makes, or, with `--init`, takes it and all other weights from a file;
+with `--text` too the VAE alone is the file's, T5 and CLIP come from `training.train_text`, and the
+transformer starts anew (`warm_start`). It compiles meanwhile. The stages, each from where it
+stopped:
 
     flow      rectified flow, all three networks       -> weights/flow, t5, clip
     rule      which guidance the student shall learn    (on validation prompts)
@@ -63,6 +66,7 @@ class Settings:
     sprites: Path
     prompts: Path
     init: Path | None
+    text: Path | None
     rule: float | None
     flow_seconds: float
     distil_seconds: float
@@ -186,10 +190,11 @@ class Training:
 
     def flow(self) -> bool:
         """Stage `flow`; True when it is done."""
+        # Pretrained, a warm start, or a state file lost on the way: with one, all is replaced.
+        for name, module in (("t5", self.trained.t5), ("clip", self.trained.clip)):
+            if (path := weights_path(self.run.folder, name)).exists():
+                module.load_state_dict(load_tensors(path))
         if weights_path(self.run.folder, "flow").exists():
-            # A warm start, or a state file lost on the way: with one, everything is replaced.
-            for name, module in (("t5", self.trained.t5), ("clip", self.trained.clip)):
-                module.load_state_dict(load_tensors(weights_path(self.run.folder, name)))
             self.load_transformer(self.trained, "flow")
         step = FlowStep(self.trained, self.data)
         return Stage(self.settings.plan("flow"), step, self.data, self.run).train()
@@ -290,6 +295,7 @@ def parse() -> Settings:
     parser.add_argument("--sprites", type=Path, default=DATA / "sprites.npz")
     parser.add_argument("--prompts", type=Path, default=DATA / "prompts.json.gz")
     parser.add_argument("--init", type=Path, help="begin from this all-in-one file's weights")
+    parser.add_argument("--text", type=Path, help="with --init: begin from these text encoders")
     parser.add_argument("--rule", type=float, help="strength of guidance, instead of a search")
     parser.add_argument("--flow-seconds", type=float, default=800.0)
     parser.add_argument("--distil-seconds", type=float, default=90.0)
@@ -309,6 +315,7 @@ def parse() -> Settings:
         sprites=options.sprites,
         prompts=options.prompts,
         init=options.init,
+        text=options.text,
         rule=options.rule,
         flow_seconds=options.flow_seconds,
         distil_seconds=options.distil_seconds,
@@ -331,7 +338,7 @@ def main() -> None:
     folder = settings.work / "state"
     folder.mkdir(parents=True, exist_ok=True)
     log = Log("flux", folder / "transformer.log")
-    if settings.init is not None and warm_start(settings.init, folder):
+    if settings.init is not None and warm_start(settings.init, folder, text=settings.text):
         log(f"begins from {settings.init}")
     run = Run(
         folder=folder,

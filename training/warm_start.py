@@ -7,6 +7,9 @@ momentum. Everything after that is as in any other resumed run.
 The transformer of such a file may be a student of guidance distillation: its guidance input means
 something. The flow stage holds that input at 1, where distillation has it at its weakest; the
 network is soon an ordinary one again at 1, and what it does elsewhere is distilled anew later.
+
+With other text encoders a transformer would have to learn to listen anew: then it starts from
+nothing, and the VAE alone is taken over.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 from flux_nf4.formats.checkpoint import open_checkpoint
 from flux_nf4.nf4.codec import NF4Weight
 from flux_nf4.nf4.reference import dequantize
-from training.checkpoint import Journal, Progress, save_tensors
+from training.checkpoint import Journal, Progress, load_tensors, save_tensors
 from training.stage import weights_path
 
 if TYPE_CHECKING:
@@ -46,8 +49,10 @@ def tensors_of(component: Component) -> dict[str, Tensor]:
     return tensors
 
 
-def warm_start(file: Path, state: Path) -> bool:
+def warm_start(file: Path, state: Path, *, text: Path | None = None) -> bool:
     """Lay the parts of an all-in-one file out in a state folder; False if a plan has begun there.
+
+    `text` holds the encoders of `training.train_text`, to go with the file's VAE.
 
     Raises:
         FormatError: the file is damaged; its message says how.
@@ -57,8 +62,15 @@ def warm_start(file: Path, state: Path) -> bool:
         return False
     checkpoint = open_checkpoint(file)
     checkpoint.require_complete()
-    for kind, name in PARTS.items():
-        save_tensors(weights_path(state, name), tensors_of(checkpoint.components[kind]))
+    parts = {name: tensors_of(checkpoint.components[kind]) for kind, name in PARTS.items()}
+    if text is not None:
+        encoders = load_tensors(text)
+        parts = {"autoencoder": parts["autoencoder"]} | {
+            name: {n.removeprefix(f"{name}."): t for n, t in encoders.items() if n.startswith(name)}
+            for name in ("t5", "clip")
+        }
+    for name, tensors in parts.items():
+        save_tensors(weights_path(state, name), tensors)
     autoencoder = Journal.open(state / "autoencoder.json", "autoencoder")
     facts = checkpoint.facts
     autoencoder.facts = {

@@ -9,7 +9,7 @@ import torch
 
 from flux_nf4.formats.checkpoint import open_checkpoint
 from training import collect, package_demo, report, train_autoencoder, train_transformer
-from training.checkpoint import Journal, Progress, load_tensors, state_progress
+from training.checkpoint import Journal, Progress, load_tensors, save_tensors, state_progress
 from training.dataset import load_scenes
 from training.latents import EncodingJob, Latents, autoencoder_facts
 from training.runtime import Log, slowest_kernels
@@ -57,6 +57,7 @@ def run_transformer(
         sprites=work / "sprites.npz",
         prompts=work / "prompts.json.gz",
         init=None,
+        text=None,
         rule=rule,
         flow_seconds=flow_seconds,
         distil_seconds=0.1,
@@ -194,6 +195,18 @@ def test_a_warm_start_keeps_the_constants_of_the_vae(
     _, file = packages(trained, tmp_path, monkeypatch)
     state = warm(trained, tmp_path, file) / "state"
     assert autoencoder_facts(state) == autoencoder_facts(trained / "state")
+
+
+def test_with_other_text_encoders_the_transformer_starts_anew(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = packages(trained, tmp_path, monkeypatch)
+    text = tmp_path / "text.safetensors"
+    save_tensors(text, {"t5.shared.weight": torch.ones(2, 2), "clip.a": torch.zeros(1)})
+    warm_start(file, tmp_path / "state", text=text)
+    weights = tmp_path / "state" / "weights"
+    assert {path.stem for path in weights.iterdir()} == {"autoencoder", "t5", "clip"}
+    assert torch.equal(load_tensors(weights / "t5.safetensors")["shared.weight"], torch.ones(2, 2))
 
 
 def test_a_quantised_model_can_be_begun_from(
