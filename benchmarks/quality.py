@@ -31,6 +31,7 @@ from benchmarks.quality_report import write_report
 from flux_nf4.formats.checkpoint import open_checkpoint
 from flux_nf4.model.rope import rope_table
 from flux_nf4.nf4.codec import NF4Weight
+from flux_nf4.nf4.search import quantize_searched
 from flux_nf4.pipeline.convert import QuantizationWish, is_linear_weight, quantize_component
 from flux_nf4.pipeline.decode import decode_latents
 from flux_nf4.pipeline.load import LoadSettings, Model, assemble_model, demo_path
@@ -81,11 +82,23 @@ def to_four_bits(quant_type: str, *, nested: bool) -> Callable[[Component], Comp
     return lambda component: quantize_component(component, wish)
 
 
+def to_searched(component: Component) -> Component:
+    """Every Linear weight in NF4 v2, its scales searched for: `quantize --scale search`."""
+    entries = {
+        name: quantize_searched(entry)
+        if is_linear_weight(name, entry) and not isinstance(entry, NF4Weight)
+        else entry
+        for name, entry in component.entries.items()
+    }
+    return dataclasses.replace(component, entries=entries)
+
+
 FORMATS: dict[str, Callable[[Component], Component] | None] = {
     "bf16": lambda component: component,
     "fp8": to_fp8,
     "nf4-v1": to_four_bits("nf4", nested=True),
     "nf4-v2": to_four_bits("nf4", nested=False),
+    "nf4-v2-search": to_searched,
     "fp4": to_four_bits("fp4", nested=False),
     "shipped": None,
 }

@@ -26,6 +26,7 @@ TITLES = {
     "fp8": "fp8 e4m3 storage",
     "nf4-v1": "NF4 v1",
     "nf4-v2": "NF4 v2",
+    "nf4-v2-search": "NF4 v2, scales searched",
     "fp4": "FP4",
     "shipped": "shipped: NF4 v2, trained through NF4",
 }

@@ -243,7 +243,7 @@ def _install(environment: Environment, extra: str, runner: Runner) -> None:
     )
     # Alone and without its dependencies: those come from the usual index, with everything else.
     runner.step(f"installing PyTorch {version}", [[*pip, "--no-deps", *each] for each in choices])
-    package = f"{root}[dev]" if extra == "dev" else str(root)
+    package = f"{root}[serve,dev]" if extra == "dev" else f"{root}[serve]"
     runner.step(
         "installing flux-nf4 and what it needs"
         + (", with the developer's tools" if extra == "dev" else ""),

@@ -60,7 +60,7 @@ def test_noise_is_theirs_for_one_generator_a_batch():
     theirs = randn_tensor(
         (2, 16, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.float32
     )
-    assert torch.equal(draw_noise_from(torch.Generator().manual_seed(3), 2, 64, 64), theirs)
+    assert torch.equal(draw_noise_from([torch.Generator().manual_seed(3)], 2, 64, 64), theirs)
 
 
 def test_their_bfloat16_noise_is_ours_rounded():

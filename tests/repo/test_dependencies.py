@@ -41,7 +41,7 @@ def test_all_that_the_requirements_need_is_pinned_too():
     # Which of NVIDIA's libraries come along depends on the build of torch, and is its own affair.
     ours = {
         name
-        for name in needed("flux-nf4", ("", "dev"))
+        for name in needed("flux-nf4", ("", "serve", "dev"))
         if not name.startswith(("cuda-", "nvidia-"))
     }
 
@@ -65,11 +65,13 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "flux_nf4": "flux-nf4",
     "huggingface_hub": "huggingface-hub",
+    "prometheus_client": "prometheus-client",
 }
 
 
 def test_the_package_imports_only_what_it_asks_for():
-    asked_for = {canonicalize_name(Requirement(text).name) for text in project()["dependencies"]}
+    texts = (*project()["dependencies"], *project()["optional-dependencies"]["serve"])
+    asked_for = {canonicalize_name(Requirement(text).name) for text in texts}
     # Triton comes with PyTorch where there is a GPU, and is not used elsewhere.
     allowed = asked_for | {"flux-nf4", "triton"} | set(sys.stdlib_module_names)
     found = {

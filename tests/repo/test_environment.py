@@ -88,7 +88,7 @@ def test_set_up_makes_an_environment_then_installs_torch_then_the_rest(machine):
     assert machine.calls() == [
         f"-m venv {root}/.venv",
         "-m pip install --no-deps torch==2.13.0+cpu",
-        f"-m pip install --editable {root} --constraint {root}/constraints.txt",
+        f"-m pip install --editable {root}[serve] --constraint {root}/constraints.txt",
     ]
 
 
@@ -123,7 +123,7 @@ def test_what_tests_need_is_enough_for_the_command(machine):
     ensure(machine.environment, "dev")
 
     assert machine.environment.is_ready("run")
-    assert f"--editable {machine.environment.root}[dev]" in machine.calls()[-1]
+    assert f"--editable {machine.environment.root}[serve,dev]" in machine.calls()[-1]
 
 
 def test_a_moved_clone_is_set_up_again(machine, tmp_path):

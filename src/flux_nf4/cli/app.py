@@ -13,7 +13,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from flux_nf4 import __version__
-from flux_nf4.cli import convert, demo, doctor, generate, info, pull, verify
+from flux_nf4.cli import convert, demo, doctor, generate, info, plan, pull, quantize, serve, verify
 from flux_nf4.cli.console import print_data
 from flux_nf4.cli.help import top_help, verb_help
 from flux_nf4.cli.options import Parameter, parameters
@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 VERBS: tuple[Verb, ...] = (
     generate.VERB,
     demo.VERB,
+    serve.VERB,
     pull.VERB,
     info.VERB,
     verify.VERB,
+    quantize.VERB,
     convert.VERB,
+    plan.VERB,
     doctor.VERB,
 )
 

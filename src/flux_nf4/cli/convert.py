@@ -17,7 +17,7 @@ from flux_nf4.errors import InputError
 
 if TYPE_CHECKING:
     from flux_nf4.formats.component import ComponentKind
-    from flux_nf4.pipeline.conversion import Conversion
+    from flux_nf4.pipeline.conversion_output import Conversion
 
 
 def _part_option(kind: str) -> Any:
@@ -38,8 +38,8 @@ PART_WORDS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConvertOptions:
-    """The options of `convert`."""
+class SourceOptions:
+    """What is read and what is written, for verbs that make a checkpoint of another."""
 
     source: str | None = argument("SRC", help="a checkpoint: file or folder")
     destination: str | None = argument("DST", help="the file or folder to write")
@@ -47,6 +47,45 @@ class ConvertOptions:
     t5: str | None = _part_option("t5")
     clip: str | None = _part_option("clip")
     vae: str | None = _part_option("vae")
+
+    def __post_init__(self) -> None:
+        if self.source is None or (self.destination is None and not self.part_paths):
+            raise InputError(
+                "no source or no destination is given",
+                hint="name both: `SRC DST`; with parts alone the one path is DST",
+            )
+
+    @property
+    def part_paths(self) -> dict[ComponentKind, str]:
+        """Where parts are taken from, where that is said."""
+        paths: dict[ComponentKind, str | None] = {
+            "transformer": self.transformer,
+            "t5": self.t5,
+            "clip": self.clip,
+            "vae": self.vae,
+        }
+        return {
+            kind: str(Path(path).expanduser()) for kind, path in paths.items() if path is not None
+        }
+
+    @property
+    def source_path(self) -> str | None:
+        """The checkpoint, where there is one beside parts."""
+        # With parts alone there is no SRC: the one path given is DST.
+        if self.source is None or self.destination is None:
+            return None
+        return str(Path(self.source).expanduser())
+
+    @property
+    def destination_path(self) -> Path:
+        """Where the result goes."""
+        return Path(self.destination or self.source or "").expanduser()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions(SourceOptions):
+    """The options of `convert`."""
+
     layout: Literal["all-in-one", "transformer-only", "diffusers"] = option(
         "--layout",
         metavar="NAME",
@@ -82,24 +121,7 @@ class ConvertOptions:
             raise InputError(
                 f"`--parts` and `--layout {self.layout}` are two layouts", hint="give one of them"
             )
-        if self.source is None or (self.destination is None and not self.part_paths):
-            raise InputError(
-                "no source or no destination is given",
-                hint="name both: `flux-nf4 convert SRC DST`",
-            )
-
-    @property
-    def part_paths(self) -> dict[ComponentKind, str]:
-        """Where parts are taken from, where that is said."""
-        paths: dict[ComponentKind, str | None] = {
-            "transformer": self.transformer,
-            "t5": self.t5,
-            "clip": self.clip,
-            "vae": self.vae,
-        }
-        return {
-            kind: str(Path(path).expanduser()) for kind, path in paths.items() if path is not None
-        }
+        SourceOptions.__post_init__(self)  # `super()` knows no class with slots
 
 
 def run(options: ConvertOptions) -> int:
@@ -107,11 +129,8 @@ def run(options: ConvertOptions) -> int:
     from flux_nf4.pipeline.conversion import gather, plan_conversion
 
     started_s = time.monotonic()
-    # With parts alone there is no SRC: the one path given is DST.
-    given = [each for each in (options.source, options.destination) if each is not None]
-    source = str(Path(given[0]).expanduser()) if len(given) == 2 else None
-    destination = Path(given[-1]).expanduser()
-    gathered = gather(source, options.part_paths)
+    destination = options.destination_path
+    gathered = gather(options.source_path, options.part_paths)
     layout = "parts" if options.parts else options.layout
     conversion = plan_conversion(gathered, layout=layout, form=options.format)
     if not options.quiet and not options.json:

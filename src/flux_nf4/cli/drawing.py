@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from flux_nf4.pipeline.image_metadata import ImageSettings
     from flux_nf4.pipeline.load import Model
 
-_NUM_PREVIEWS = 8  # in the course of an image
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Drawing:
@@ -83,7 +81,7 @@ class Drawing:
             print_data(str(path))
         if not self.is_quiet:
             size = f"{event.image.width}x{event.image.height}"
-            steps = f"{request.num_inference_steps} steps"
+            steps = f"{request.num_steps} steps"
             print_plain(f"  seed {event.seed}, {size}, {steps}, {duration(seconds)}")
 
     def _path(self, prompt: str, seed: int, index: int) -> Path:
@@ -117,11 +115,10 @@ class _Preview:
         self.remove()
 
     def show(self, event: StepDone, target: Path) -> None:
-        """Write the step's preview, if it has one and its turn has come."""
+        """Write the step's preview, if it has one."""
         from flux_nf4.formats.atomic import atomic_file
 
-        interval = -(-event.num_steps // _NUM_PREVIEWS)
-        if event.preview is None or event.step % interval:
+        if event.preview is None:
             return
         self.path = target.with_name(f"{target.stem}.preview.png")
         make_folder(self.path.parent)
@@ -151,6 +148,7 @@ def _settings_of(model: Model, request: GenerationRequest, seed: int) -> ImageSe
         ),
         seed=seed,
         schedule=request.schedule,
+        strength=None if request.image is None else request.strength,
         max_sequence_length=request.max_sequence_length or model.facts.max_sequence_length,
         model=model.facts.name,
         quantization=model.quantization,

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 
 from flux_nf4.cli.console import print_note
 from flux_nf4.cli.drawing import Drawing
+from flux_nf4.cli.memory_size import parse_limit
 from flux_nf4.cli.names import plan_destination
 from flux_nf4.cli.options import argument, option, shortened
 from flux_nf4.cli.progress import make_progress
 from flux_nf4.cli.prompts import read_prompts
+from flux_nf4.cli.repeat import note_differences, read_record
 from flux_nf4.cli.settings import Settings
+from flux_nf4.cli.source import Source, read_source
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.cli.words import load_words
 from flux_nf4.errors import InputError
@@ -30,9 +33,9 @@ if TYPE_CHECKING:
     from flux_nf4.pipeline.load import Model
 
 _DEMO = "demo"
-_NARROW_HIDDEN_SIZE, _SMALL_PIXELS = 512, 512 * 512
 _SCHNELL_STEPS = 4  # what it was distilled for
 _DEFAULT_STEPS = 20
+_NUM_PREVIEWS = 8  # in the course of an image
 _DEMO_NOTE = "built-in demo model; for FLUX.1-dev: `-m flux1-dev-bnb-nf4-v2.safetensors`"
 _UNKNOWN_NOTE = "names nothing the demo model knows; `flux-nf4 demo` lists what it knows"
 
@@ -46,6 +49,32 @@ class GenerateOptions(Settings):
         "--prompt-file",
         metavar="FILE",
         help="one prompt a line; `-`: standard input",
+        group="What to draw",
+    )
+    from_image: str | None = option(
+        "--from",
+        metavar="IMAGE",
+        help="what made this image, but for the options given",
+        group="What to draw",
+    )
+    image: str | None = option(
+        "--image",
+        metavar="FILE",
+        help="PNG, JPEG or WebP to start from; its size is the default",
+        group="What to draw",
+    )
+    mask: str | None = option(
+        "--mask",
+        metavar="FILE",
+        help="its white is drawn anew; the rest of the image stays",
+        group="What to draw",
+    )
+    strength: float | None = option(
+        "--strength",
+        metavar="X",
+        minimum=0.01,
+        maximum=1,
+        help="share of the steps that is run on the image [0.6]",
         group="What to draw",
     )
     json: bool = json_option()
@@ -64,24 +93,34 @@ def run(options: GenerateOptions) -> int:
     """Draw every image of every prompt; each is saved as soon as it is done."""
     prompts = read_prompts(options.prompt, options.prompt_file)
     size = requested_size(options)
+    source = read_source(options)
+    vram, ram = parse_limit(options.vram, "--vram"), parse_limit(options.ram, "--ram")
     destination = plan_destination(options.output, len(prompts) * options.count)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     _say_what_the_demo_knows(options, prompts)
+    origin = read_record(options.from_image) if options.from_image else None
+
+    import torch
 
     from flux_nf4.pipeline.limits import check_size
     from flux_nf4.pipeline.load import LoadSettings, load_model
+    from flux_nf4.pipeline.threads import suited_num_threads
 
     check_size(size.width or 1024, size.height or 1024)
     with make_progress(quiet=options.quiet) as progress:
         progress.stage("load")
         is_demo = options.model in (None, _DEMO)
         path = None if is_demo else Path(str(options.model)).expanduser()
-        model = load_model(path, LoadSettings(device=options.device))
-        requests = [_request(options, model, size, prompt, seed) for prompt in prompts]
-        _suit_threads(model, requests[0])
-        progress.plan(len(requests) * options.count, requests[0].num_inference_steps)
+        model = load_model(path, LoadSettings(device=options.device, vram=vram, ram=ram))
+        requests = [_request(options, model, size, source, prompt, seed) for prompt in prompts]
+        width, height = requests[0].width, requests[0].height
+        now = torch.get_num_threads()
+        torch.set_num_threads(suited_num_threads(model, width, height, otherwise=now))
+        progress.plan(len(requests) * options.count, requests[0].num_steps)
         for note in model.notes if not options.quiet else ():
             print_note(note)
+        if origin is not None and not options.quiet:
+            note_differences(str(options.from_image), origin.settings, model)
         drawing = Drawing(
             model=model,
             destination=destination,
@@ -124,39 +163,35 @@ def _say_what_the_demo_knows(options: GenerateOptions, prompts: Sequence[str]) -
 
 
 def _request(
-    options: GenerateOptions, model: Model, size: Size, prompt: str, seed: int
+    options: GenerateOptions, model: Model, size: Size, source: Source, prompt: str, seed: int
 ) -> GenerationRequest:
     from flux_nf4.pipeline.generate import GenerationRequest
+    from flux_nf4.pipeline.limits import size_like
+
+    own = model.facts.default_size
+    width, height = size.width or own, size.height or own
+    if source.image is not None:
+        width, height = size_like(
+            source.image.size, width=size.width, height=size.height, default_size=own
+        )
 
     steps = _SCHNELL_STEPS if model.variant == "schnell" else _DEFAULT_STEPS
     return GenerationRequest(
         prompt=prompt,
         negative_prompt=options.negative,
-        width=size.width or model.facts.default_size,
-        height=size.height or model.facts.default_size,
+        width=width,
+        height=height,
         num_inference_steps=options.steps or steps,
         distilled_guidance_scale=options.guidance,
         guidance_scale=options.true_cfg,
         seed=seed,
         num_images=options.count,
         schedule=options.schedule,
-        preview=options.preview,
+        image=source.image,
+        mask_image=source.mask_image,
+        strength=source.strength,
+        num_previews=_NUM_PREVIEWS if options.preview else 0,
     )
-
-
-def _suit_threads(model: Model, request: GenerationRequest) -> None:
-    """Draw small images of a narrow model with one thread.
-
-    Its operations are so short that threads wait for each other more than they work: 20 steps of
-    the demo model took 0.8 s with one thread and 1.0 s with four on four idle cores. With other
-    programs running, where a barrier waits for a thread that is not scheduled, four took 91 s.
-    """
-    import torch
-
-    is_narrow = model.transformer.config.hidden_size <= _NARROW_HIDDEN_SIZE
-    is_small = request.width * request.height <= _SMALL_PIXELS
-    if model.device.type == "cpu" and is_narrow and is_small:
-        torch.set_num_threads(1)
 
 
 VERB = Verb(

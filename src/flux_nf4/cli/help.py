@@ -27,7 +27,20 @@ _TOP_NOTE = (
     "Exit codes: 0 done, 1 our fault, 2 usage, 3 model missing or corrupt, 4 licence",
     "or login, 5 does not fit, 6 network, 7 disk, 130 and 143 stopped by a signal.",
 )
-_GROUPS = ("Arguments", "Parts", "What to draw", "How to draw it", "Model", "Output", "Options")
+_GROUPS = (
+    "Arguments",
+    "Parts",
+    "What to draw",
+    "How to draw it",
+    "Model",
+    "Quantisation",
+    "Address",
+    "Access",
+    "Limits",
+    "Cluster",
+    "Output",
+    "Options",
+)
 
 
 def top_help(verbs: Sequence[Verb]) -> str:

@@ -19,26 +19,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from flux_nf4.formats.survey import Survey
-    from flux_nf4.pipeline.image_metadata import ImageRecord, ImageSettings
+    from flux_nf4.pipeline.image_metadata import ImageRecord
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_IMAGE_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 _COLUMN = 14
-# A1111's names of what `generate` can be told, and its options for them.
-_A1111_OPTIONS = {
-    "Negative prompt": "--negative",
-    "Seed": "--seed",
-    "Size": "--size",
-    "Steps": "--steps",
-    "Distilled CFG Scale": "--guidance",
-    "CFG scale": "--true-cfg",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InfoOptions:
     """The options of `info`."""
 
-    path: str | None = argument("PATH", help="a checkpoint (file or folder) or a PNG image")
+    path: str | None = argument("PATH", help="a checkpoint (file or folder), or an image")
     json: bool = json_option()
     debug: bool = debug_option()
 
@@ -50,7 +41,7 @@ def run(options: InfoOptions) -> int:
             "no path is given", hint="name a checkpoint or an image: `flux-nf4 info PATH`"
         )
     path = Path(options.path).expanduser()
-    described = _describe_image(path) if _is_png(path) else _describe_checkpoint(path)
+    described = _describe_image(path) if _is_image(path) else _describe_checkpoint(path)
     if options.json:
         print_json(described.values, indent=2)
     else:
@@ -66,10 +57,10 @@ class Description:
     lines: tuple[str, ...]
 
 
-def _is_png(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
+            return file.read(8).startswith(_IMAGE_SIGNATURES)
     except OSError:  # a folder, or nothing: opening it as a checkpoint says which
         return False
 
@@ -139,7 +130,7 @@ def _describe_image(path: Path) -> Description:
 
     record = read_image(path)
     settings = record.settings
-    command = _command(settings) if settings else _command_from_a1111(record.pairs)
+    command = _command(path, record)
     values = {
         "kind": "image",
         "path": str(path),
@@ -174,33 +165,16 @@ def _rows(values: Mapping[str, object]) -> Iterable[str]:
             yield f"  {styled(f'{name:<{width}}', 'dim')}{value}"
 
 
-def _command(settings: ImageSettings) -> str:
+def _command(path: Path, record: ImageRecord) -> str:
     """The command that makes the image once more; a model of one's own by its name."""
-    words = ["flux-nf4", "generate", settings.prompt]
-    if settings.negative_prompt:
-        words += ["--negative", settings.negative_prompt]
-    words += ["--seed", str(settings.seed), "--size", f"{settings.width}x{settings.height}"]
-    words += ["--steps", str(settings.num_inference_steps)]
-    if settings.distilled_guidance_scale is not None:
-        words += ["--guidance", f"{settings.distilled_guidance_scale:g}"]
-    if settings.guidance_scale != 1:
-        words += ["--true-cfg", f"{settings.guidance_scale:g}"]
-    if settings.schedule != "flux":
-        words += ["--schedule", settings.schedule]
-    words += ["-m", "demo" if "demo" in settings.model else f"PATH/TO/{settings.model}"]
-    return shlex.join(words)
-
-
-def _command_from_a1111(pairs: Mapping[str, str]) -> str:
-    if not pairs.get("Prompt"):
+    settings, pairs = record.settings, record.pairs
+    if settings is None and not pairs.get("Prompt"):
         return ""
-    words = ["flux-nf4", "generate", pairs["Prompt"]]
-    for name, flag in _A1111_OPTIONS.items():
-        if name in pairs:
-            words += [flag, pairs[name]]
-    if pairs.get("Schedule type") == "Simple":
-        words += ["--schedule", "forge"]
-    return shlex.join([*words, "-m", f"PATH/TO/{pairs.get('Model', 'MODEL')}"])
+    model = settings.model if settings else pairs.get("Model", "MODEL")
+    words = ["flux-nf4", "generate", "--from", str(path)]
+    if settings and settings.strength is not None:
+        words += ["--image", "PATH/TO/IMAGE"]
+    return shlex.join([*words, "-m", "demo" if "demo" in model else f"PATH/TO/{model}"])
 
 
 VERB = Verb(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 STAGE_NAMES: dict[Stage, str] = {
     "load": "loading the model",
+    "encode": "reading the image",
     "text": "reading the prompt",
     "modulation": "preparing the steps",
     "denoise": "denoising",

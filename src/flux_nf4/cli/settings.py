@@ -1,5 +1,7 @@
 """Settings: flags over `FLUX_NF4_*` over `flux-nf4.toml`, read once into a frozen dataclass.
 
+With `--from IMAGE`, what made that image comes between the flags and all others.
+
 Of the files, the one in the current folder counts before the one in the user's configuration
 folder, key by key. A key that no one knows is an error naming the nearest: a setting that is
 silently skipped costs more than one that stops the run.
@@ -8,6 +10,7 @@ silently skipped costs more than one that stops the run.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import sys
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flux_nf4.cli.options import Parameter, option, parameters, parse_value
+from flux_nf4.cli.server_settings import ModelSettings, ServerSettings
 from flux_nf4.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,31 +27,20 @@ if TYPE_CHECKING:
 FILE_NAME = "flux-nf4.toml"
 PREFIX = "FLUX_NF4_"
 # A layer that gives one of a pair hides the other in the layers below it.
-_RIVALS = {"size": ("width", "height"), "width": ("size",), "height": ("size",)}
+_RIVALS = {
+    "size": ("width", "height"),
+    "width": ("size",),
+    "height": ("size",),
+    "prompt_file": ("prompt",),
+}
 
 Options = TypeVar("Options")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(ModelSettings):
     """What stays the same from one run to the next: each field is a flag, a variable and a key."""
 
-    model: str | None = option(
-        "-m",
-        "--model",
-        metavar="PATH",
-        help="checkpoint file or folder [`demo`, built in]",
-        group="Model",
-        setting=True,
-    )
-    device: str = option(
-        "--device",
-        metavar="NAME",
-        default="auto",
-        help="`cpu`, `cuda`, `cuda:1`, ... [auto]",
-        group="Model",
-        setting=True,
-    )
     count: int = option(
         "-n",
         "--count",
@@ -184,8 +177,9 @@ def read_options(
     """The options of one run; `flags` are those given (None: not given).
 
     Raises:
-        InputError: a value cannot be what it says, or the environment or a settings file holds
-            a key that no setting has.
+        InputError: a value cannot be what it says, the environment or a settings file holds a
+            key that no setting has, or the image of `--from` holds no settings.
+        DiskError, FormatError: that image cannot be read.
     """
     known = {parameter.name: parameter for parameter in parameters(options_class)}
     given = {name: value for name, value in flags.items() if value is not None}
@@ -196,12 +190,32 @@ def read_options(
     _check_rivals(values, "the command line")
     if not any(parameter.flag.setting for parameter in known.values()):
         return options_class(**values)
-    for layer in _layers(os.environ if environment is None else environment):
+    layers = _layers(os.environ if environment is None else environment)
+    if values.get("from_image"):
+        layers = itertools.chain([_from_image(values, known)], layers)
+    for layer in layers:
         hidden = {rival for name in values for rival in _RIVALS.get(name, ())}
         for name, value in layer.items():
             if name in known and name not in hidden:
                 values.setdefault(name, value)
     return options_class(**values)
+
+
+def _from_image(given: Mapping[str, Any], known: Mapping[str, Parameter]) -> dict[str, Any]:
+    from flux_nf4.cli.repeat import option_values, read_record
+
+    image = given["from_image"]
+    found = option_values(read_record(image))
+    if "strength" in found and "image" not in given:
+        raise InputError(
+            f"`{image}` was drawn from another image, which is not in it",
+            hint="give that one with `--image`",
+        )
+    return {
+        name: parse_value(known[name], value, f"{name}` of `{image}")
+        for name, value in found.items()
+        if name in known
+    }
 
 
 def _layers(environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -214,8 +228,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     values = {}
     for variable, text in sorted(environment.items()):
         name = variable.removeprefix(PREFIX).lower()
-        # `debug` concerns only how errors are shown; `failures` reads it.
-        if variable.startswith(PREFIX) and name != "debug":
+        # No settings: `failures` reads the first, `serve` the second.
+        if variable.startswith(PREFIX) and name not in ("debug", "api_key"):
             values[name] = _parsed(name, text, variable)
     _check_rivals(values, "the environment")
     return values
@@ -256,7 +270,8 @@ def _parsed(name: str, value: object, label: str) -> Any:
 
 def setting_parameters() -> dict[str, Parameter]:
     """Every setting by name: what the environment and the files may hold."""
-    return {each.name: each for each in parameters(Settings) if each.flag.setting}
+    classes = (Settings, ServerSettings)
+    return {each.name: each for one in classes for each in parameters(one) if each.flag.setting}
 
 
 def _check_rivals(values: Mapping[str, object], source: str) -> None:

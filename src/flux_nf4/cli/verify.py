@@ -29,7 +29,7 @@ class VerifyOptions:
     sha256: bool = option(
         "--sha256",
         default=False,
-        help="hash the file too, and compare it with what was\npublished",
+        help="hash the file too, and compare it with what was\npublished, or with its manifest",
     )
     json: bool = json_option()
     debug: bool = debug_option()
@@ -37,6 +37,7 @@ class VerifyOptions:
 
 def run(options: VerifyOptions) -> int:
     """Look, tell, and return 3 where something is wrong."""
+    from flux_nf4.formats.manifest import check_manifest, manifest_path
     from flux_nf4.formats.verification import verify
 
     if options.path is None:
@@ -47,15 +48,22 @@ def run(options: VerifyOptions) -> int:
         with contextlib.suppress(OSError, ValueError):  # `verify` says what is wrong with the path
             num_bytes = path.stat().st_size
     with ByteProgress("reading", num_bytes, quiet=not num_bytes) as progress:
-        found = verify(path, with_sha256=options.sha256, on_bytes=progress.advance)
+        # A folder has no hash of its own, but its manifest has one for each file.
+        is_listed = path.is_dir() and manifest_path(path).is_file()
+        with_sha256 = options.sha256 and not is_listed
+        found = verify(path, with_sha256=with_sha256, on_bytes=progress.advance)
+        has_manifest = check_manifest(found, with_sha256=options.sha256, on_bytes=progress.advance)
     if options.json:
-        _print_json(found)
+        _print_json(found, has_manifest=has_manifest)
     else:
         _print_lines(found)
+        if has_manifest and not found.faults:
+            hashed = "every hash" if options.sha256 else "every length"
+            print_data(f"{hashed} is that of its manifest")
     return FormatError.exit_code if found.faults else 0
 
 
-def _print_json(found: Verification) -> None:
+def _print_json(found: Verification, *, has_manifest: bool) -> None:
     print_json(
         {
             "path": str(found.path),
@@ -65,6 +73,7 @@ def _print_json(found: Verification) -> None:
             "parts": found.parts,
             "reference": found.reference or None,
             "sha256": found.sha256 or None,
+            "manifest": has_manifest,
             "findings": [
                 {"part": fault.part, "text": fault.text, "hint": fault.hint or None}
                 for fault in found.faults

@@ -175,12 +175,22 @@ def _make_plain(
 ) -> Tensor:
     tensor = entries[name]
     assert isinstance(tensor, Tensor)
-    if tensor.dtype != dtype and tensor.numel():
-        # Casting would turn what is out of range into NaN or infinity without a word.
-        largest = tensor.abs().amax() if tensor.dtype.itemsize > 1 else tensor.float().abs().amax()
-        limit = torch.finfo(dtype).max
-        if not largest.item() <= limit:
+    return cast_within_range(name, tensor, dtype).view(shape)
+
+
+def cast_within_range(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype, rounded where need be.
+
+    Raises:
+        FormatError: a value is out of its range, and would become NaN or infinity without a word.
+    """
+    limit = torch.finfo(dtype).max
+    if torch.finfo(tensor.dtype).max > limit and tensor.numel():
+        wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+        lowest, highest = (each.item() for each in wide.aminmax())
+        if not -limit <= lowest <= highest <= limit:
+            worst = highest if not highest <= limit else lowest
             raise FormatError(
-                f"`{name}` holds {largest.item()}, which {dtype} cannot hold (at most {limit})"
+                f"`{name}` holds {worst}, which {dtype} cannot hold (at most {limit})"
             )
-    return tensor.to(dtype).view(shape)
+    return tensor.to(dtype)

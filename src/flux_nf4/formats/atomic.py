@@ -33,6 +33,7 @@ _HINTS = {
 }
 # Some network file systems cannot flush a folder; the file itself is complete by then.
 _FOLDER_CANNOT_BE_FLUSHED = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF}
+TEMPORARY_FILES = ".flux-nf4-*.tmp"
 
 
 @contextlib.contextmanager
@@ -57,15 +58,20 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     except OSError as error:
-        raise DiskError(
-            f"could not write `{path}`: {error.strerror or error}",
-            hint=_HINTS.get(error.errno or 0, "write elsewhere"),
-        ) from error
+        raise disk_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def disk_error(path: str | Path, error: OSError) -> DiskError:
+    """What to raise where `path` could not be written: it says why, and what to do."""
+    return DiskError(
+        f"could not write `{path}`: {error.strerror or error}",
+        hint=_HINTS.get(error.errno or 0, "write elsewhere"),
+    )
 
 
 def _create(path: Path) -> BinaryIO:
@@ -74,7 +80,8 @@ def _create(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where the file system can."""
     if os.name != "posix":  # pragma: no cover  Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)

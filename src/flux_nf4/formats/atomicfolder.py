@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_nf4.errors import DiskError
+from flux_nf4.formats.atomic import flush_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,16 +29,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         DiskError: it could not be written; nothing is left behind.
     """
     target = Path(os.path.realpath(path))
-    token = secrets.token_hex(8)
-    temporary = target.parent / f".flux-nf4-{token}.tmp"
-    previous = target.parent / f".flux-nf4-{token}.old"
+    temporary = target.parent / f".flux-nf4-{secrets.token_hex(8)}.tmp"
     try:
         temporary.mkdir()
         yield temporary
-        for folder in (temporary, *(each for each in temporary.rglob("*") if each.is_dir())):
-            _flush(folder)
-        _replace(temporary, target, previous)
-        _flush(target.parent)
+        replace_folder(temporary, target)
     except OSError as error:
         raise DiskError(
             f"could not write `{path}`: {error.strerror or error}",
@@ -45,6 +41,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Give a folder, whose files are flushed, the name of another, which is removed.
+
+    Raises:
+        OSError: it could not be; both are where they were.
+    """
+    previous = target.parent / f".flux-nf4-{secrets.token_hex(8)}.old"
+    for folder in (temporary, *(each for each in temporary.rglob("*") if each.is_dir())):
+        flush_folder(folder)
+    _replace(temporary, target, previous)
+    flush_folder(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -58,15 +67,3 @@ def _replace(temporary: Path, target: Path, previous: Path) -> None:
     except BaseException:
         previous.rename(target)
         raise
-
-
-def _flush(folder: Path) -> None:
-    if os.name != "posix":  # pragma: no cover  Windows cannot open a folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems cannot flush a folder; its files are complete by then.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

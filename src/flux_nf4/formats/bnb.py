@@ -167,8 +167,12 @@ def check_absmax_is_finite(name: str, weight: NF4Weight) -> None:
         FormatError: it holds NaN or infinity, so the weight would.
     """
     absmax = weight.absmax
-    values = absmax.absmax if isinstance(absmax, NestedAbsmax) else absmax
-    if not torch.isfinite(values).all():
+    check_is_finite(name, absmax.absmax if isinstance(absmax, NestedAbsmax) else absmax)
+
+
+def check_is_finite(name: str, absmax: Tensor) -> None:
+    """Raises FormatError where the absmax of the weight `name` holds NaN or infinity."""
+    if not torch.isfinite(absmax).all():
         raise FormatError(
             f"the absmax of `{name}` holds NaN or infinity", hint="the file is damaged: get it anew"
         )

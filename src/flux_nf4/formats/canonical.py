@@ -97,7 +97,8 @@ def read_component(
         entries = Entries(parts, swapped & parts.keys())
     except FormatError as error:
         raise FormatError(f"`{source}`: {error.message}", hint=error.hint) from error
-    return Component(kind=kind, entries=entries, source=source)
+    files = tuple({id(stored.file): stored.file for stored in tensors.values()}.values())
+    return Component(kind=kind, entries=entries, source=source, files=files)
 
 
 def _separate(

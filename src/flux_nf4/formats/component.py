@@ -15,6 +15,8 @@ from flux_nf4.nf4.codec import NF4Weight, concatenate_rows
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flux_nf4.formats.tensorfile import TensorFile
+
 ComponentKind: TypeAlias = Literal["transformer", "t5", "clip", "vae"]
 Entry: TypeAlias = Tensor | NF4Weight
 Parts: TypeAlias = tuple[Entry, ...]
@@ -145,12 +147,13 @@ class Component:
 
     transformer: BFL's names. t5: Hugging Face's `T5EncoderModel` names. clip: `text_model.*`, and
     `text_projection.weight` where the file has it. vae: Diffusers' `AutoencoderKL` names.
-    `source` is the file, or the folder of a part kept in several.
+    `source` is the file, or the folder of a part kept in several; `files` are those files, open.
     """
 
     kind: ComponentKind
     entries: Mapping[str, Entry]
     source: Path
+    files: tuple[TensorFile, ...] = ()
 
     def parts(self, name: str) -> Parts:
         """An entry as it is stored: itself, or the pieces that reading it would join."""

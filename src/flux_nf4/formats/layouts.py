@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from flux_nf4.formats.allinone import PREFIXES, written_names
+from flux_nf4.formats.allinone import PREFIXES, cast_within_range, written_names
 from flux_nf4.formats.bnb import tensors_from_weight
 from flux_nf4.formats.forms import (
     FP8_DTYPES,
@@ -30,16 +30,28 @@ from flux_nf4.formats.tensorfile import TensorSource
 from flux_nf4.nf4.codec import NF4Weight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from flux_nf4.formats.component import ComponentKind, Entry
 
 # "parts" is the all-in-one's naming, one part a file and without the prefixes.
 Naming: TypeAlias = Literal["all-in-one", "parts", "diffusers"]
+# Whether T5 becomes fp8 where a layout has it so: where no value changes, always, or never.
+T5Storage: TypeAlias = Literal["exact", "fp8", "keep"]
 
 _NARROW: dict[ComponentKind, torch.dtype] = {"t5": torch.float8_e4m3fn, "clip": torch.float16}
 _LABELS = {torch.float8_e4m3fn: "fp8", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _ENCODERS: dict[ComponentKind, str] = {"t5": "T5", "clip": "CLIP"}
+
+
+class Quantizer(Protocol):
+    """A way to quantise the matrices of a transformer; `name` is for messages and reports."""
+
+    def quantize(self, name: str, matrix: Tensor) -> NF4Weight:
+        """The matrix, quantised."""
+
+    def outline(self, name: str, matrix: Tensor, read: Callable[[], Entry]) -> NF4Weight:
+        """What `quantize` would make of a meta tensor, on the meta device; `read` has values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +73,24 @@ class _Pieces:
 
 
 def plan_part(
-    kind: ComponentKind, entries: Mapping[str, Entry], *, naming: Naming, form: Form
+    kind: ComponentKind,
+    entries: Mapping[str, Entry],
+    *,
+    naming: Naming,
+    form: Form = "keep",
+    quantizer: Quantizer | None = None,
+    t5: T5Storage = "exact",
 ) -> PartPlan:
     """One part under the names of a layout, every value as it is stored.
 
-    `form` concerns the transformer: its weights as they are, un-nested, or expanded to bf16.
+    `form` concerns the transformer: its weights as they are, un-nested, or expanded to bf16; with
+    a `quantizer` they are quantised, and its vectors take the layout's dtypes, rounded if need be.
 
     Raises:
         FormatError: a name is unknown or missing.
     """
     if kind == "transformer":
-        return _plan_transformer(entries, naming, form)
+        return _plan_transformer(entries, naming, form, quantizer)
     names = written_names(kind, entries)
     start = len(PREFIXES[kind])
     if naming == "diffusers":
@@ -83,7 +102,9 @@ def plan_part(
     }
     notes: list[str] = []
     narrow = None
-    if naming != "diffusers" and kind in _NARROW:
+    if naming != "diffusers" and kind == "t5" and t5 != "exact":
+        narrow = _NARROW["t5"] if t5 == "fp8" else None
+    elif naming != "diffusers" and kind in _NARROW:
         narrow = _common_dtype(pieces.values(), _NARROW[kind])
         if narrow is None:
             notes.append(
@@ -123,21 +144,23 @@ def _holds(piece: Piece, dtype: torch.dtype) -> bool:
     return isinstance(entry, Tensor) and is_exact(entry, dtype)
 
 
-def _plan_transformer(entries: Mapping[str, Entry], naming: Naming, form: Form) -> PartPlan:
+def _plan_transformer(
+    entries: Mapping[str, Entry], naming: Naming, form: Form, quantizer: Quantizer | None
+) -> PartPlan:
     pieces = _Pieces(_transformer_pieces(entries, naming, form))
     bias_dtype, scale_dtype = None, None
-    if is_split(entries) != (naming == "diffusers"):
+    if quantizer or is_split(entries) != (naming == "diffusers"):
         # From one dialect to the other, vectors take the dtype that they have there.
-        bias_dtype = _common_dtype(pieces.ending(".bias"), torch.bfloat16)
-        scale_dtype = _common_dtype(
-            pieces.ending(".scale"), torch.bfloat16 if naming == "diffusers" else torch.float32
-        )
+        bias_dtype, scale_dtype = _vector_dtypes(pieces, naming, always=quantizer is not None)
     sources: dict[str, TensorSource] = {}
     unnested: list[NF4Weight] = []
     for full_name, piece in pieces.by_name.items():
         outlined = piece.outline()
+        if quantizer and isinstance(outlined, Tensor) and outlined.dim() == 2:
+            sources.update(_to_quantize(full_name, piece, quantizer))
+            continue
         if isinstance(outlined, NF4Weight):
-            sources.update(_quantized(full_name, piece, outlined))
+            sources.update(_quantized(full_name, outlined, piece.read))
             if piece.loses_nesting:
                 unnested.append(outlined)
             continue
@@ -147,6 +170,20 @@ def _plan_transformer(entries: Mapping[str, Entry], naming: Naming, form: Form) 
             dtype = torch.bfloat16
         sources.update(_plain(full_name, piece, dtype or outlined.dtype, naming))
     return PartPlan(sources=sources, notes=_transformer_notes(form, unnested))
+
+
+def _vector_dtypes(
+    pieces: _Pieces, naming: Naming, *, always: bool
+) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """What biases and norms are stored as in a layout; None for those that it cannot hold."""
+    bias_dtype = torch.bfloat16
+    scale_dtype = torch.bfloat16 if naming == "diffusers" else torch.float32
+    if always:
+        return bias_dtype, scale_dtype
+    return (
+        _common_dtype(pieces.ending(".bias"), bias_dtype),
+        _common_dtype(pieces.ending(".scale"), scale_dtype),
+    )
 
 
 def _transformer_pieces(
@@ -205,27 +242,47 @@ def _plain(
 def _make_plain(piece: Piece, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     entry = piece.read()
     assert isinstance(entry, Tensor)
-    return entry.to(dtype).reshape(shape)
+    return cast_within_range(piece.name, entry, dtype).reshape(shape)
 
 
-def _quantized(full_name: str, piece: Piece, outlined: NF4Weight) -> dict[str, TensorSource]:
+def _to_quantize(full_name: str, piece: Piece, quantizer: Quantizer) -> dict[str, TensorSource]:
+    name = full_name.removeprefix(PREFIXES["transformer"])
+    matrix = piece.outline()
+    assert isinstance(matrix, Tensor)
+    outlined = quantizer.outline(name, matrix, piece.read)
+    return _quantized(full_name, outlined, partial(_make_weight, name, piece, quantizer))
+
+
+def _make_weight(name: str, piece: Piece, quantizer: Quantizer) -> NF4Weight:
+    matrix = piece.read()
+    assert isinstance(matrix, Tensor)
+    return quantizer.quantize(name, matrix)
+
+
+def _quantized(
+    full_name: str, outlined: NF4Weight, read: Callable[[], Entry]
+) -> dict[str, TensorSource]:
+    make_all = partial(_make_quantized, read, full_name)
     return {
         name: TensorSource(
             dtype=tensor.dtype,
             shape=tuple(tensor.shape),
             # The small companions are values already; the rest are outlines, made when due.
-            make=partial(_make_quantized, piece, full_name, name)
-            if tensor.is_meta
-            else partial(_given, tensor),
+            make=partial(_one_of, make_all, name) if tensor.is_meta else partial(_given, tensor),
+            make_all=make_all,
         )
         for name, tensor in tensors_from_weight(full_name, outlined).items()
     }
 
 
-def _make_quantized(piece: Piece, full_name: str, name: str) -> Tensor:
-    weight = piece.read()
+def _make_quantized(read: Callable[[], Entry], full_name: str) -> dict[str, Tensor]:
+    weight = read()
     assert isinstance(weight, NF4Weight)
-    return tensors_from_weight(full_name, weight)[name]
+    return tensors_from_weight(full_name, weight)
+
+
+def _one_of(make_all: Callable[[], dict[str, Tensor]], name: str) -> Tensor:
+    return make_all()[name]
 
 
 def _given(tensor: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ those of weights, not of their packed bytes, under canonical names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from flux_nf4.errors import FormatError
-from flux_nf4.formats.component import ComponentKind
 from flux_nf4.formats.keymap import CLIP_PROJECTION, T5_EMBEDDING
+
+if TYPE_CHECKING:
+    from flux_nf4.formats.component import ComponentKind
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Mapping[str, Shape]

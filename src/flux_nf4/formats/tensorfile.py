@@ -7,8 +7,12 @@ truncates while it is mapped is beyond anyone's help: replace files by renaming,
 
 from __future__ import annotations
 
+import hashlib
+import math
 import mmap
+import os
 import sys
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +53,8 @@ class TensorFile:
             self._data_start = opened.data_start
             try:
                 self._mapping = _map_file(opened.descriptor, opened.num_bytes)
+                self._descriptor = os.dup(opened.descriptor)
+                weakref.finalize(self, os.close, self._descriptor)
             except OSError as error:
                 raise FormatError(f"cannot read `{path}`: {error.strerror or error}") from error
         header = opened.header
@@ -84,6 +90,55 @@ class TensorFile:
             values = values.clone().view(info.dtype)
         return values.view(info.shape)
 
+    def offset_of(self, tensor: Tensor) -> int | None:
+        """Where in the file a tensor's values lie, one after the other; None where they do not."""
+        base = torch.frombuffer(self._mapping, dtype=torch.uint8, count=1).data_ptr()
+        offset = tensor.data_ptr() - base
+        is_here = tensor.is_contiguous() and 0 <= offset <= self.num_bytes - tensor.nbytes
+        return offset if is_here and tensor.device.type == "cpu" else None
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Read bytes of the file past the mapping: faster, and no page of it stays in the process.
+
+        Raises:
+            FormatError: the disk fails, or the file has become shorter.
+        """
+        while target:
+            try:
+                num_read = os.preadv(self._descriptor, [target], offset)
+            except OSError as error:
+                raise FormatError(f"cannot read `{self.path}`: {error.strerror}") from error
+            if not num_read:
+                raise FormatError(f"`{self.path}` ends at {offset} bytes; it was {self.num_bytes}")
+            target, offset = target[num_read:], offset + num_read
+
+    def identity(self) -> dict[str, str | int]:
+        """What tells this file from another, or from itself after a change, short of its values.
+
+        Raises:
+            FormatError: it has gone.
+        """
+        try:
+            with self.path.open("rb") as file:
+                header = file.read(self._data_start)
+                status = os.fstat(file.fileno())
+        except OSError as error:
+            raise FormatError(f"cannot read `{self.path}`: {error.strerror or error}") from error
+        return {
+            "name": self.path.name,
+            "bytes": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "header_sha256": hashlib.sha256(header).hexdigest(),
+        }
+
+    def drop_pages(self) -> None:
+        """Give back the memory of what was read: the file has it still, and is read again.
+
+        What was written into tensors is lost by it.
+        """
+        if sys.platform == "linux":
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
 
 def _map_file(descriptor: int, num_bytes: int) -> mmap.mmap:
     if sys.platform != "linux":
@@ -100,11 +155,20 @@ def _map_file(descriptor: int, num_bytes: int) -> mmap.mmap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSource:
-    """A tensor to be written: what the header needs now, and the values when their turn comes."""
+    """A tensor to be written: what the header needs now, and the values when their turn comes.
+
+    The tensors of one quantised weight share `make_all`, which makes them at once, by name.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    make_all: Callable[[], Mapping[str, Tensor]] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """How long the values are."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -152,11 +216,15 @@ def write_sources(
             _write_values(file, sources[name])
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values as a file holds them."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def _write_values(file: BinaryIO, source: TensorSource) -> None:
     # A function of its own, so that one tensor is gone before the next is made.
     tensor = source.make()
     assert (tensor.dtype, tuple(tensor.shape)) == (source.dtype, source.shape)
-    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    data = values.numpy().data
+    data = tensor_bytes(tensor)
     for start in range(0, len(data), _CHUNK_BYTES):
         file.write(data[start : start + _CHUNK_BYTES])

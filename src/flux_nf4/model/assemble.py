@@ -3,6 +3,8 @@
 A module is built on the meta device, where it has shapes and no memory; then each entry takes
 its place, cast and moved once. An entry that is already right (a memory-mapped tensor of the
 wanted dtype, on the CPU) is taken as it is. Quantised entries bring their own layer.
+
+On the meta device a module gets its layers and no values: `memory.contents` brings those.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from flux_nf4.errors import FormatError, InputError
 from flux_nf4.formats.bnb import check_absmax_is_finite
-from flux_nf4.formats.component import Component, Entry
+from flux_nf4.formats.component import Component, Entry, outline
 from flux_nf4.model.fp8 import FP8_DTYPES, Fp8Embedding, Fp8Linear
 from flux_nf4.model.sizes import entry_shape
 from flux_nf4.nf4.codec import NF4Weight
@@ -58,14 +60,17 @@ def assemble(
     if names is None:
         names = {name: name for name, _ in module.named_parameters()}
     _check_entries(module, component, names)
+    is_meta = torch.device(device).type == "meta"
     for path, owner in list(module.named_modules()):
         prefix = f"{path}." if path else ""
         given = {
-            leaf: component.entries[names[prefix + leaf]]
+            leaf: outline(component.entries, names[prefix + leaf])
+            if is_meta
+            else component.entries[names[prefix + leaf]]
             for leaf, _ in owner.named_parameters(recurse=False)
         }
         weight = given.get("weight")
-        if isinstance(weight, NF4Weight):
+        if isinstance(weight, NF4Weight) and not is_meta:
             check_absmax_is_finite(names[f"{prefix}weight"], weight)
         layer = _quantised_layer(owner, given, device, dtype)
         if layer is not None:

@@ -12,6 +12,7 @@ import torch
 
 from flux_nf4.model.assemble import assemble, check_compute_dtype
 from flux_nf4.model.autoencoder import build_autoencoder
+from flux_nf4.model.fast_step import fast_step
 from flux_nf4.model.sizes import flux_config
 from flux_nf4.model.text import build_clip, build_t5
 from flux_nf4.model.transformer import FluxTransformer
@@ -39,4 +40,5 @@ def build_transformer(
     # The module's names are the file's behind the name of the part: `blocks.` or `conditioner.`.
     names = {name: name.partition(".")[2] for name, _ in transformer.named_parameters()}
     assemble(transformer, component, device=device, dtype=dtype, names=names)
+    transformer.blocks.fast_step = fast_step
     return transformer

@@ -11,7 +11,7 @@ Shape letters, in this module only:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,16 @@ class T5Encoder(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), padding included.
 
+        The table of tokens may lie in main memory while the layers are on a GPU.
+
         Raises:
             InputError: an id is outside the vocabulary.
         """
         _check_ids(ids_BT, self.vocabulary_size)
-        return self.model(input_ids=ids_BT).last_hidden_state
+        table = cast("nn.Module", self.model.shared)
+        (stored,) = table.state_dict().values()
+        rows_BTD = table(ids_BT.to(stored.device)).to(ids_BT.device)
+        return self.model(inputs_embeds=rows_BTD).last_hidden_state
 
 
 class ClipTextEncoder(nn.Module):
@@ -80,7 +85,8 @@ class ClipTextEncoder(nn.Module):
                 f"a prompt's ids hold no end token ({self.eos_token_id})",
                 hint="the tokenizer belongs to another model",
             )
-        hidden_BTD = self.model(input_ids=ids_BT).last_hidden_state
+        positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        hidden_BTD = self.model(input_ids=ids_BT, position_ids=positions).last_hidden_state
         # argmax gives the first of equals: the end token is often the padding token, too.
         end_B = is_end_BT.int().argmax(dim=1)
         return hidden_BTD[torch.arange(len(end_B), device=end_B.device), end_B]
@@ -191,8 +197,8 @@ def build_clip(
     level = "" if hasattr(model, "text_model") else "text_model."
     names = {name: level + name for name, _ in model.named_parameters()}
     assemble(model, _without_projection(component), device=device, dtype=dtype, names=names)
-    embeddings = (model.text_model if hasattr(model, "text_model") else model).embeddings
-    embeddings.position_ids = torch.arange(num_positions, device=device)[None]
+    # Still on meta, and not needed: positions are given.
+    (model.text_model if hasattr(model, "text_model") else model).embeddings.position_ids = None
     return ClipTextEncoder(model, config).eval()
 
 

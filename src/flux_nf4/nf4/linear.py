@@ -4,6 +4,12 @@ Equals `F.linear` on the dequantised weight, bit for bit. The trade-off: expandi
 every call, and saves three quarters of the memory; nothing expanded outlives a call, not even
 between a forward and its backward, where it is expanded again.
 
+In `fp8` or `int8` arithmetic (`set_arithmetic`) the weight is expanded to 8 bits instead, and the
+input is quantised token by token; a caller that has fused that into its own kernel hands over
+`QuantizedRows` to `multiply`. With gradients it stays exact. These two, `forward` and `multiply`,
+are the only ways to a product, so a low-rank side path (LoRA) is added at their ends; for `int8`
+its first matrix is rotated once, as the rows are.
+
 The weight itself is frozen: gradients reach the input, never the codes.
 
 Shape letters, in this module only:
@@ -20,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flux_nf4.errors import ShapeError
-from flux_nf4.nf4 import ops
-from flux_nf4.nf4.codec import NESTED_BLOCK_SIZE, NestedAbsmax, NF4Weight, QuantType
+from flux_nf4.errors import InputError, ShapeError
+from flux_nf4.nf4 import eight_bit, ops
+from flux_nf4.nf4.codec import NESTED_BLOCK_SIZE, NestedAbsmax, NF4Weight, QuantType, decode_absmax
+from flux_nf4.nf4.eight_bit import Arithmetic, QuantizedRows
 
 _NESTED = ("nested_codes", "nested_absmax", "nested_levels", "nested_offset")
 
@@ -60,14 +67,18 @@ class NF4Linear(nn.Module):
         self.dtype = weight.dtype
         self.is_nested = weight.is_nested
         self.nested_block_size = NESTED_BLOCK_SIZE
-        self.register_buffer("codes", weight.codes)
+        self.arithmetic: Arithmetic = "bf16"
+        # The kernels take for granted what `NF4Weight` has checked, and that nothing has gaps.
+        self.register_buffer("codes", weight.codes.contiguous())
         if isinstance(weight.absmax, NestedAbsmax):
             self.nested_block_size = weight.absmax.block_size
             for name, tensor in zip(_NESTED, weight.absmax.tensors(), strict=True):
                 self.register_buffer(name, tensor)
         else:
-            self.register_buffer("absmax", weight.absmax)
+            self.register_buffer("absmax", weight.absmax.contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach())
+        # Of the 8-bit rows, and their reciprocals. No buffers: they follow from the weight.
+        self._row_scales: tuple[Tensor, Tensor] | None = None
 
     @property
     def weight(self) -> NF4Weight:
@@ -97,8 +108,69 @@ class NF4Linear(nn.Module):
         layout = ((self.out_features, self.in_features), self.block_size, self.quant_type, dtype)
         if not self.is_nested:
             return ops.dequantize_4bit(self.codes, self.absmax, *layout)
-        nested = [self.nested_codes, self.nested_absmax, self.nested_levels, self.nested_offset]
+        nested = self._absmax_tensors()
         return ops.dequantize_4bit_nested(self.codes, nested, self.nested_block_size, *layout)
+
+    @property
+    def fits_eight_bit(self) -> bool:
+        """Whether rows end where blocks do, and the 8-bit products take a matrix of this size."""
+        return self.in_features % self.block_size == 0 and self.out_features % 16 == 0
+
+    def set_arithmetic(self, arithmetic: Arithmetic) -> None:
+        """Choose how to multiply where no gradients are wanted.
+
+        Raises:
+            InputError: the weight does not fit 8-bit arithmetic.
+        """
+        if arithmetic != "bf16" and not self.fits_eight_bit:
+            raise InputError(
+                f"a weight of {self.out_features} x {self.in_features} cannot be multiplied in "
+                f"`{arithmetic}`",
+                hint="leave this layer in `bf16`",
+            )
+        self.arithmetic, self._row_scales = arithmetic, None
+
+    def row_scales(self) -> tuple[Tensor, Tensor]:
+        """What a unit of each row's 8-bit values is worth, and its reciprocal: (N,) float32.
+
+        Worked out at first use, when the weight is on its device, and kept: a weight may leave the
+        device and come back.
+        """
+        if self._row_scales is None:
+            absmax = self._absmax_tensors()
+            absmax_G = (
+                decode_absmax(absmax, self.nested_block_size) if self.is_nested else absmax[0]
+            )
+            layout = ((self.out_features, self.in_features), self.block_size, self.quant_type)
+            scale_N = eight_bit.row_scale(self.codes, absmax_G, *layout, self.arithmetic)
+            self._row_scales = scale_N, 1 / scale_N
+        return self._row_scales
+
+    def _absmax_tensors(self) -> list[Tensor]:
+        if not self.is_nested:
+            return [self.absmax]
+        return [self.nested_codes, self.nested_absmax, self.nested_levels, self.nested_offset]
+
+    def _expand_for_product(self, dtype: torch.dtype, inverse_scale_N: Tensor | None) -> Tensor:
+        return ops.expand_for_product(
+            self.codes,
+            self._absmax_tensors(),
+            self.nested_block_size,
+            inverse_scale_N,
+            (self.out_features, self.in_features),
+            self.block_size,
+            self.quant_type,
+            dtype,
+        )
+
+    def multiply(self, rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
+        """Multiply rows that are in this layer's 8-bit arithmetic already.
+
+        rows (*, K) -> (*, N) `dtype`.
+        """
+        scale_N, inverse_scale_N = self.row_scales()
+        w_NK = self._expand_for_product(eight_bit.eight_bit_dtype(self.arithmetic), inverse_scale_N)
+        return ops.multiply(rows, w_NK, scale_N, self.bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the weight, add the bias.
@@ -116,11 +188,16 @@ class NF4Linear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if torch.is_grad_enabled() and x.requires_grad:
             return _FrozenLinear.apply(x, bias, self.expand)  # type: ignore[no-untyped-call]
-        return functional.linear(x, self.expand(x.dtype), bias)
+        if torch.compiler.is_compiling():
+            return functional.linear(x, self.expand(x.dtype), bias)
+        if self.arithmetic != "bf16":
+            return self.multiply(eight_bit.quantize_rows(x, self.arithmetic), x.dtype)
+        return functional.linear(x, self._expand_for_product(x.dtype, None), bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(dtype)`, `.half()` and their kin come through here. Follow them to another device,
         # but keep each dtype: absmax in bfloat16 would move every weight by up to 0.39 %.
+        self._row_scales = None
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():

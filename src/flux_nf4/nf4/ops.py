@@ -7,10 +7,14 @@ PyTorch with schemas, and with fake kernels that check the arguments and compute
 | tensors on | runs                                                |
 |------------|-----------------------------------------------------|
 | CUDA       | `triton_kernels`, or the reference without Triton   |
-| elsewhere  | `reference`                                         |
+| elsewhere  | `reference`, and `eight_bit` for products in 8 bits |
+
+`expand_for_product` and `multiply` are plain functions, for layers that run eagerly hundreds of
+times a step: PyTorch's dispatcher costs as much as launching a kernel. What `_check` would find
+wrong each time, their caller has checked once.
 
 Shape letters, in this module only:
-    N  out features     G  blocks, N*K / block_size
+    N  out features     G  blocks, N*K / block_size     *  any leading dimensions
     K  in features      P  bytes, N*K / 2
 """
 
@@ -25,7 +29,7 @@ import torch
 from torch import Tensor
 
 from flux_nf4.errors import InputError, ShapeError
-from flux_nf4.nf4 import reference
+from flux_nf4.nf4 import eight_bit, fast_cpu, reference
 from flux_nf4.nf4.codec import (
     NestedAbsmax,
     NF4Weight,
@@ -33,7 +37,10 @@ from flux_nf4.nf4.codec import (
     check_block_size,
     check_fills_blocks,
     check_quant_type,
+    decode_absmax,
 )
+from flux_nf4.nf4.eight_bit import QuantizedRows
+from flux_nf4.nf4.scratch import scratch
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -42,7 +49,23 @@ if TYPE_CHECKING:
 def quantize(
     w_NK: Tensor, *, block_size: int = 64, quant_type: QuantType = "nf4", nested: bool = False
 ) -> NF4Weight:
-    """`reference.quantize`, on whatever device the values lie: it has no kernel of its own."""
+    """`reference.quantize`, on whatever device the values lie, by a shorter way where there is one.
+
+    Raises:
+        InputError, ShapeError: as `reference.quantize`.
+    """
+    if w_NK.device.type == "cpu" and w_NK.dtype == torch.bfloat16 and quant_type == "nf4":
+        check_block_size(block_size)
+        check_fills_blocks(w_NK.shape, block_size)
+        found = fast_cpu.quantize_blocks(w_NK.detach().reshape(-1, block_size))
+        if found is not None:
+            codes_P, absmax_G = found
+            return NF4Weight(
+                codes=codes_P,
+                absmax=reference.nest_absmax(absmax_G) if nested else absmax_G,
+                shape=(w_NK.shape[0], w_NK.shape[1]),
+                block_size=block_size,
+            )
     return reference.quantize(w_NK, block_size=block_size, quant_type=quant_type, nested=nested)
 
 
@@ -103,6 +126,73 @@ def dequantize_4bit_nested(
     return torch.ops.flux_nf4.dequantize_4bit_nested(
         codes_P, nested, nested_block_size, shape, block_size, quant_type, dtype
     )
+
+
+def expand_for_product(
+    codes_P: Tensor,
+    absmax: Sequence[Tensor],
+    nested_block_size: int,
+    inverse_scale_N: Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A weight for one use: where there is a kernel, it lies in the device's one scratch buffer.
+
+    codes (P,); absmax [(G,)], or the four tensors of a nested one -> (N, K) `dtype`. With e4m3 or
+    int8 the values are in units of the rows' scales, whose reciprocals are `inverse_scale_N`.
+
+    Raises:
+        InputError: without scales, a dtype that is not a floating-point type of 16 bits or more.
+    """
+    if inverse_scale_N is None:
+        reference.check_out_dtype(dtype)
+    implementation = _implementation(codes_P.device.type)
+    if implementation is not reference:
+        out_NK = scratch(shape, dtype, codes_P.device)
+        how = (nested_block_size, inverse_scale_N, block_size, quant_type)
+        return implementation.expand_into(out_NK, codes_P, absmax, *how)
+    absmax_G = decode_absmax(absmax, nested_block_size) if len(absmax) > 1 else absmax[0]
+    if inverse_scale_N is None:
+        return reference.expand(codes_P, absmax_G, shape, block_size, quant_type, dtype)
+    return eight_bit.expand(
+        codes_P, absmax_G, inverse_scale_N, shape, block_size, quant_type, dtype
+    )
+
+
+# The tensor cores' own accumulator, of about 14 bits. The other way is to add up in float32 every
+# 128 products, for a third of the speed.
+FAST_ACCUMULATION = True
+
+
+def multiply(
+    rows: QuantizedRows,
+    w_NK: Tensor,
+    w_scale_N: Tensor,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`eight_bit.multiply`, by the fastest means of the device: rows (*, K) -> (*, N) `dtype`."""
+    x_MK, x_scale_M1 = rows.values.flatten(0, -2), rows.scale.reshape(-1, 1)
+    if x_MK.is_cuda and w_NK.dtype == torch.float8_e4m3fn:
+        # One scale a row is offered for bfloat16 results only.
+        out_MN = torch._scaled_mm(
+            x_MK,
+            w_NK.t(),
+            scale_a=x_scale_M1,
+            scale_b=w_scale_N[None],
+            bias=None if bias_N is None else bias_N.bfloat16(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=FAST_ACCUMULATION,
+        ).to(dtype)
+    elif w_NK.dtype == torch.int8 and _implementation(x_MK.device.type) is not reference:
+        kernels = _implementation(x_MK.device.type)
+        x_MK, x_scale_M1 = x_MK.contiguous(), x_scale_M1.contiguous()
+        out_MN = kernels.multiply_int8(x_MK, x_scale_M1, w_NK, w_scale_N, bias_N, dtype)
+    else:
+        out_MN = eight_bit.multiply(x_MK, x_scale_M1, w_NK, w_scale_N, bias_N, dtype)
+    return out_MN.view(*rows.values.shape[:-1], len(w_NK))
 
 
 @cache

@@ -105,8 +105,15 @@ def _quantize_chunk(
             hint="the file may be damaged: compare its sha256 with the publisher's",
         )
     scale_G1 = (1.0 / absmax_G.clamp(min=_SMALLEST_ABSMAX))[:, None]
-    scaled_V = (chunk_GS * scale_G1).clamp_(-1, 1).view(-1)
-    threshold, num_below, code_of_rank = _rounding_tables(quant_type, chunk_V.device)
+    return nearest_codes((chunk_GS * scale_G1).clamp_(-1, 1).view(-1), quant_type)
+
+
+def nearest_codes(scaled_V: Tensor, quant_type: QuantType) -> Tensor:
+    """The code of the level nearest to each value, the lower one of two as near.
+
+    (V,) float32 within [-1, 1] -> (V,) uint8.
+    """
+    threshold, num_below, code_of_rank = _rounding_tables(quant_type, scaled_V.device)
     cell_V = _cell(scaled_V)
     rank_V = num_below.index_select(0, cell_V).add_(scaled_V > threshold.index_select(0, cell_V))
     return rank_V if quant_type == "nf4" else code_of_rank.index_select(0, rank_V.int())

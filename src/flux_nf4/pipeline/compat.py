@@ -10,17 +10,21 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
+from PIL import Image
 
 from flux_nf4.errors import InputError, ModelNotFoundError
 from flux_nf4.pipeline.bnb_config import parse_dtype, parse_quantization_config
-from flux_nf4.pipeline.decode import decode_latents, to_pictures
-from flux_nf4.pipeline.generate import LatentsDone, generate_latents
-from flux_nf4.pipeline.limits import MAX_SEED
+from flux_nf4.pipeline.decode import to_pictures
+from flux_nf4.pipeline.generate import LatentsDone, decode_batch, generate_latents
+from flux_nf4.pipeline.image_file import upright_size
+from flux_nf4.pipeline.limits import DEFAULT_STRENGTH, MAX_SEED, check_size, size_like
 from flux_nf4.pipeline.load import LoadSettings, Model, load_model
+from flux_nf4.pipeline.model_memory import attempt
 from flux_nf4.pipeline.request import GenerationRequest
 from flux_nf4.pipeline.sampling import draw_noise_from, pack
 
@@ -28,12 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy as np
-    from PIL.Image import Image
     from torch import Generator, Tensor
 
     from flux_nf4.pipeline.generate import StepHook
 
-    Images: TypeAlias = list[Image] | np.ndarray[Any, np.dtype[np.float32]] | Tensor
+    Images: TypeAlias = list[Image.Image] | np.ndarray[Any, np.dtype[np.float32]] | Tensor
     StepCallback: TypeAlias = Callable[
         ["FluxPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None
     ]
@@ -54,7 +57,7 @@ class FluxPipelineOutput:
 
 
 class FluxPipeline:
-    """A FLUX.1 text-to-image pipeline on NF4, FP4 or plain weights."""
+    """A FLUX.1 pipeline on NF4, FP4 or plain weights: from text, an image, or a masked image."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -104,6 +107,9 @@ class FluxPipeline:
         self,
         prompt: str | Sequence[str],
         *,
+        image: Image.Image | None = None,
+        mask_image: Image.Image | None = None,
+        strength: float = DEFAULT_STRENGTH,
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -123,6 +129,8 @@ class FluxPipeline:
         Image `i` of the call has the seed `seed + i`; without a seed one is drawn and told in the
         output. A `generator` gives the noise that Diffusers would draw from it; `latents` is
         noise of your own, packed (N, tokens, 64). Sizes are in pixels, by default the model's own.
+        With an `image` all of them start from it, by default at its size; `strength` and
+        `mask_image` are as in `GenerationRequest`.
         `callback_on_step_end(pipeline, step, timestep, {"latents": ...})` may return other latents.
 
         Raises:
@@ -130,24 +138,24 @@ class FluxPipeline:
             NumericalError: a stage gave NaN or infinity.
         """
         _check_output_type(output_type)
+        _check_rivals(seed, generator, image, latents)
         prompts, negatives = _pair_prompts(prompt, negative_prompt)
-        if seed is not None and generator is not None:
-            raise InputError("`seed` and `generator` both fix the noise: give one of them")
-        size = self.model.facts.default_size
+        width, height = self._size(image, width, height)
         template = GenerationRequest(
             prompt="",
-            width=size if width is None else width,
-            height=size if height is None else height,
+            width=width,
+            height=height,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             distilled_guidance_scale=distilled_guidance_scale,
             num_images=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
         )
         num_images = num_images_per_prompt * len(prompts)
-        if latents is None and generator is not None:
-            latents = _noise_from(generator, num_images, template)
-        _check_latents(latents, num_images)
+        noise, image_noise = _initial_noise(latents, generator, num_images, template)
         first_seed = secrets.randbelow(2**32) if seed is None else seed
 
         on_step = self._step_hook(callback_on_step_end)
@@ -157,21 +165,34 @@ class FluxPipeline:
             request = replace(
                 template, prompt=positive, negative_prompt=negative, seed=_seed(first_seed, first)
             )
-            rows = None if latents is None else latents[first:last]
-            events = generate_latents(self.model, request, initial_BLD=rows, on_step=on_step)
+            rows = None if noise is None else noise[first:last]
+            events = generate_latents(
+                self.model, request, initial_BLD=rows, image_noise_1LD=image_noise, on_step=on_step
+            )
             done += [
                 self._finish(e, request, output_type) for e in events if isinstance(e, LatentsDone)
             ]
-        seeds = [None if latents is not None else first_seed + i for i in range(num_images)]
+        seeds = [None if noise is not None else first_seed + i for i in range(num_images)]
         return FluxPipelineOutput(images=_collect(done, output_type), seeds=tuple(seeds))
 
     def _finish(self, event: LatentsDone, request: GenerationRequest, output_type: str) -> Tensor:
-        # A clone made out here is an ordinary tensor, which autograd and in-place changes accept.
         if output_type == "latent":
             return event.tokens.clone()
-        with torch.inference_mode():
-            images = decode_latents(self.model, event.tokens, request.width, request.height)
-        return images.clone()
+        retries = attempt(self.model.memory, partial(_decode, self.model, request, event))
+        while True:
+            try:
+                next(retries)
+            except StopIteration as done:
+                return done.value
+
+    def _size(self, image: object, width: int | None, height: int | None) -> tuple[int, int]:
+        size = self.model.facts.default_size
+        width_or_default = size if width is None else width
+        height_or_default = size if height is None else height
+        check_size(width_or_default, height_or_default)
+        if not isinstance(image, Image.Image):  # none, or one that the request refuses
+            return width_or_default, height_or_default
+        return size_like(upright_size(image), width=width, height=height, default_size=size)
 
     def _step_hook(self, callback: StepCallback | None) -> StepHook | None:
         if callback is None:
@@ -184,10 +205,24 @@ class FluxPipeline:
         return on_step
 
 
+def _decode(model: Model, request: GenerationRequest, event: LatentsDone) -> Tensor:
+    with torch.inference_mode():
+        images = decode_batch(model, request, event)
+    # A clone made out here is an ordinary tensor, which autograd and in-place changes accept.
+    return images.clone()
+
+
 def _check_output_type(output_type: object) -> None:
     if output_type not in get_args(OutputType):
         names = ", ".join(f"`{name}`" for name in get_args(OutputType))
         raise InputError(f"`output_type` must be one of {names}, got `{output_type!r}`")
+
+
+def _check_rivals(seed: object, generator: object, image: object, latents: object) -> None:
+    if seed is not None and generator is not None:
+        raise InputError("`seed` and `generator` both fix the noise: give one of them")
+    if image is not None and latents is not None:
+        raise InputError("`image` and `latents` both say where to start: give one of them")
 
 
 def _pair_prompts(prompt: object, negative_prompt: object) -> tuple[list[str], list[str]]:
@@ -217,20 +252,30 @@ def _seed(first_seed: object, offset: int) -> Any:
     return first_seed
 
 
-def _noise_from(
-    generator: Generator | Sequence[Generator], num_images: int, request: GenerationRequest
-) -> Tensor:
+def _initial_noise(
+    latents: Tensor | None,
+    generator: Generator | Sequence[Generator] | None,
+    num_images: int,
+    request: GenerationRequest,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The noise of every image, and that of the one encoded image; None: the seeds give it."""
+    if latents is not None or generator is None:
+        _check_latents(latents, num_images)
+        return latents, None
     size = request.width, request.height
     generators = list(generator) if isinstance(generator, Sequence) else [generator]
     if not all(isinstance(each, torch.Generator) for each in generators):
         raise InputError(
             f"`generator` must be a torch.Generator or several, got `{generator!r:.80}`"
         )
-    if len(generators) == 1:
-        return pack(draw_noise_from(generators[0], num_images, *size))
-    if len(generators) != num_images:
+    if len(generators) not in (1, num_images):
         raise InputError(f"{len(generators)} generators for {num_images} images")
-    return torch.cat([pack(draw_noise_from(each, 1, *size)) for each in generators])
+    # One image, encoded once: its sample is the first draw of the first generator.
+    image_noise = None
+    if request.image is not None:
+        image_noise = pack(draw_noise_from(generators[:1], 1, *size))
+    noise = draw_noise_from(generators, num_images // len(generators), *size)
+    return pack(noise), image_noise
 
 
 def _check_latents(latents: Tensor | None, num_images: int) -> None:

@@ -62,12 +62,24 @@ def encode_text(model: Model, request: GenerationRequest) -> list[Text]:
     prompts = [request.prompt]
     if request.is_guided:
         prompts.append(request.negative_prompt)
-    t5_ids, _ = model.tokenizers.encode_t5(prompts, text_length(model, request))
+    length = text_length(model, request)
+    # Of all prompts together: encoded one by one they would differ in the last bits.
+    texts = model.memory.texts.get((length, *prompts), lambda: _encode(model, prompts, length))
+    return [
+        Text(txt=text.txt.to(model.device), pooled=text.pooled.to(model.device)) for text in texts
+    ]
+
+
+def _encode(model: Model, prompts: list[str], length: int) -> list[Text]:
+    """Each prompt's text, in main memory."""
+    t5_ids, _ = model.tokenizers.encode_t5(prompts, length)
     clip_ids = model.tokenizers.encode_clip(prompts)
-    txt = model.t5(t5_ids.to(model.device)).to(model.dtype)
-    pooled = model.clip(clip_ids.to(model.device)).to(model.dtype)
-    require_finite(txt, "text", "T5")
-    require_finite(pooled, "text", "CLIP")
+    with model.memory.phase("text"):
+        txt = model.t5(t5_ids.to(model.device)).to(model.dtype)
+        pooled = model.clip(clip_ids.to(model.device)).to(model.dtype)
+        require_finite(txt, "text", "T5")
+        require_finite(pooled, "text", "CLIP")
+    txt, pooled = txt.cpu(), pooled.cpu()
     return [Text(txt=txt[i : i + 1], pooled=pooled[i : i + 1]) for i in range(len(prompts))]
 
 
@@ -84,10 +96,11 @@ def condition(
     if model.embeds_guidance:
         guidance = torch.tensor([float(request.distilled_guidance_scale)], device=model.device)
     conditionings = []
-    for text in texts:
-        table = model.transformer.conditioner.table(timesteps_S, guidance, text.pooled)
-        require_finite(table, "modulation")
-        conditionings.append(Conditioning(txt=text.txt, table=table))
+    with model.memory.phase("modulation", num_passes=len(texts)):
+        for text in texts:
+            table = model.transformer.conditioner.table(timesteps_S, guidance, text.pooled)
+            require_finite(table, "modulation")
+            conditionings.append(Conditioning(txt=text.txt, table=table))
     return conditionings
 
 

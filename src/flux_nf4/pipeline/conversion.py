@@ -8,32 +8,27 @@ is ever expanded on its way to NF4.
 from __future__ import annotations
 
 import dataclasses
-import math
-import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from flux_nf4.errors import DiskError, InputError
-from flux_nf4.formats.atomic import atomic_file
-from flux_nf4.formats.atomicfolder import atomic_folder
+from flux_nf4.errors import InputError
 from flux_nf4.formats.checkpoint import Checkpoint, has_guidance, open_checkpoint
 from flux_nf4.formats.component import COMPONENT_KINDS, Component, ComponentKind
 from flux_nf4.formats.facts import FLUX_1_DEV, FLUX_1_SCHNELL, Facts
-from flux_nf4.formats.folder import MODEL_INDEX, PART_FOLDERS, TOKENIZER_FOLDERS
-from flux_nf4.formats.header import encode_header, plan_header
+from flux_nf4.formats.folder import PART_FOLDERS, TOKENIZER_FOLDERS
 from flux_nf4.formats.layouts import Naming, plan_part
 from flux_nf4.formats.parts import open_part, recorded_facts
-from flux_nf4.formats.tensorfile import TensorFile, TensorSource, write_sources
+from flux_nf4.formats.tensorfile import TensorFile, TensorSource
+from flux_nf4.pipeline.conversion_output import Conversion, OutputFile
 from flux_nf4.pipeline.diffusers_configs import WEIGHT_FILES, diffusers_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import Tensor
+    from collections.abc import Mapping
 
     from flux_nf4.formats.forms import Form
+    from flux_nf4.formats.layouts import Quantizer, T5Storage
 
 OutputLayout: TypeAlias = Literal["all-in-one", "transformer-only", "diffusers", "parts"]
 
@@ -74,6 +69,11 @@ class Gathered:
     def paths(self) -> tuple[Path, ...]:
         """The files and folders that are read."""
         return tuple(component.source for component in self.components.values())
+
+    @property
+    def files(self) -> tuple[TensorFile, ...]:
+        """The files that are read, open."""
+        return tuple(file for part in self.components.values() for file in part.files)
 
 
 def gather(source: str | None, parts: Mapping[ComponentKind, str]) -> Gathered:
@@ -139,152 +139,15 @@ def _logit_scales(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputFile:
-    """One file of tensors to be written."""
-
-    sources: Mapping[str, TensorSource]
-    metadata: Mapping[str, str]
-
-    @property
-    def data_bytes(self) -> int:
-        """How many bytes its tensors have."""
-        return sum(math.prod(each.shape) * each.dtype.itemsize for each in self.sources.values())
-
-    @property
-    def num_bytes(self) -> int:
-        """How long the file will be."""
-        specs = ((name, source.dtype, source.shape) for name, source in self.sources.items())
-        header = plan_header(specs, self.metadata)
-        return len(encode_header(header)) + header.data_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversion:
-    """Which files a conversion makes; a single one has the path ''. `notes` are for the user."""
-
-    files: Mapping[str, OutputFile]
-    texts: Mapping[str, bytes] = field(default_factory=dict)
-    copies: Mapping[str, Path] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    sources: tuple[Path, ...] = ()
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it makes a folder."""
-        return "" not in self.files
-
-    @property
-    def num_bytes(self) -> int:
-        """How many bytes of tensors will be written, headers included."""
-        return sum(file.num_bytes for file in self.files.values())
-
-    @property
-    def data_bytes(self) -> int:
-        """How many bytes `on_bytes` will hear of."""
-        return sum(file.data_bytes for file in self.files.values())
-
-    def write(
-        self,
-        path: str | Path,
-        *,
-        replace: bool = False,
-        on_bytes: Callable[[int], None] = lambda _num_bytes: None,
-    ) -> None:
-        """Write it to `path`, whole or not at all; `on_bytes` hears of every tensor's bytes.
-
-        Raises:
-            InputError: something is there already and is not to be, or must not be, replaced.
-            DiskError: it could not be written; nothing is left behind.
-            FormatError: a source file is damaged.
-        """
-        path = Path(path)
-        if "\0" in str(path):
-            raise InputError(f"the path {str(path)!r} holds a NUL character")
-        try:
-            self._check_destination(path, replace=replace)
-        except OSError as error:
-            raise DiskError(
-                f"could not write `{path}`: {error.strerror or error}", hint="choose another name"
-            ) from error
-        _check_room(path, self.num_bytes)
-        if not self.is_folder:
-            _write_file(path, self.files[""], on_bytes)
-            return
-        with atomic_folder(path) as folder:
-            for name in (*self.files, *self.texts, *self.copies):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            for name, file in self.files.items():
-                _write_file(folder / name, file, on_bytes)
-            for name, text in self.texts.items():
-                with atomic_file(folder / name) as written:
-                    written.write(text)
-            for name, source in self.copies.items():
-                with atomic_file(folder / name) as written:
-                    written.write(source.read_bytes())
-
-    def _check_destination(self, path: Path, *, replace: bool) -> None:
-        if self.is_folder and path.suffix == ".safetensors":
-            raise InputError(f"`{path}` is to be a folder", hint="give it a name without a suffix")
-        if not path.exists():
-            return
-        if path.is_dir() != self.is_folder:
-            raise InputError(
-                f"`{path}` is a {'folder' if path.is_dir() else 'file'}, and a "
-                f"{'folder' if self.is_folder else 'file'} is to be written",
-                hint="give another name, or choose another `--layout`",
-            )
-        if self.is_folder and not any(path.iterdir()):
-            return
-        if not replace:
-            raise InputError(f"`{path}` exists already", hint="replace it by `--force`")
-        here = path.resolve()
-        if any(here in (each.resolve(), *each.resolve().parents) for each in self.sources):
-            raise InputError(
-                f"`{path}` holds what is being converted", hint="give the result another name"
-            )
-        if self.is_folder:
-            self._check_replaceable(path)
-
-    def _check_replaceable(self, path: Path) -> None:
-        known = {MODEL_INDEX, "scheduler", *PART_FOLDERS.values(), *TOKENIZER_FOLDERS.values()}
-        known |= {f"{kind}.safetensors" for kind in COMPONENT_KINDS}
-        others = sorted(each.name for each in path.iterdir() if each.name not in known)
-        if others:
-            raise InputError(
-                f"`{path}` holds more than a model (`{others[0]}`), and is not replaced",
-                hint="give another name, or remove it yourself",
-            )
-
-
-def _check_room(path: Path, num_bytes: int) -> None:
-    try:
-        free = shutil.disk_usage(path.absolute().parent).free
-    except OSError:  # no such folder, say: writing will tell
-        return
-    if free < num_bytes:
-        raise DiskError(
-            f"`{path}` needs {num_bytes:,} bytes, and its disk has {free:,} free",
-            hint="free some space on that disk, or write elsewhere",
-        )
-
-
-def _write_file(path: Path, file: OutputFile, on_bytes: Callable[[int], None]) -> None:
-    sources = {
-        name: dataclasses.replace(source, make=partial(_counted, source.make, on_bytes))
-        for name, source in file.sources.items()
-    }
-    write_sources(path, sources, metadata=file.metadata)
-
-
-def _counted(make: Callable[[], Tensor], on_bytes: Callable[[int], None]) -> Tensor:
-    tensor = make()
-    on_bytes(tensor.nbytes)
-    return tensor
-
-
-def plan_conversion(gathered: Gathered, *, layout: OutputLayout, form: Form) -> Conversion:
-    """Which files a layout asks for.
+def plan_conversion(
+    gathered: Gathered,
+    *,
+    layout: OutputLayout,
+    form: Form = "keep",
+    quantizer: Quantizer | None = None,
+    t5: T5Storage = "exact",
+) -> Conversion:
+    """Which files a layout asks for; `form`, `quantizer` and `t5` are `plan_part`'s.
 
     Raises:
         FormatError: a part cannot be FLUX's, or a value does not fit.
@@ -299,7 +162,14 @@ def plan_conversion(gathered: Gathered, *, layout: OutputLayout, form: Form) -> 
     if layout in ("diffusers", "parts"):
         naming = "diffusers" if layout == "diffusers" else "parts"
     plans = {
-        kind: plan_part(kind, gathered.components[kind].entries, naming=naming, form=form)
+        kind: plan_part(
+            kind,
+            gathered.components[kind].entries,
+            naming=naming,
+            form=form,
+            quantizer=quantizer,
+            t5=t5,
+        )
         for kind in kinds
     }
     notes = [note for plan in plans.values() for note in plan.notes]
@@ -316,12 +186,16 @@ def plan_conversion(gathered: Gathered, *, layout: OutputLayout, form: Form) -> 
             )
             for kind in kinds
         }
-        return Conversion(files=files, notes=tuple(notes), sources=gathered.paths)
+        return Conversion(
+            files=files, notes=tuple(notes), sources=gathered.paths, inputs=gathered.files
+        )
     joined = {name: source for part in sources.values() for name, source in part.items()}
     if layout == "all-in-one":
         joined.update(gathered.extras)
     file = OutputFile(sources=joined, metadata=metadata)
-    return Conversion(files={"": file}, notes=tuple(notes), sources=gathered.paths)
+    return Conversion(
+        files={"": file}, notes=tuple(notes), sources=gathered.paths, inputs=gathered.files
+    )
 
 
 def _plan_folder(
@@ -342,7 +216,14 @@ def _plan_folder(
         )
         for kind, part in sources.items()
     }
-    return Conversion(files=files, texts=texts, copies=copies, notes=notes, sources=gathered.paths)
+    return Conversion(
+        files=files,
+        texts=texts,
+        copies=copies,
+        notes=notes,
+        sources=gathered.paths,
+        inputs=gathered.files,
+    )
 
 
 def _tokenizer_copies(gathered: Gathered) -> dict[str, Path]:

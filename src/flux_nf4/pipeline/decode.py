@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from flux_nf4.pipeline.conditioning import require_finite
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 
     from flux_nf4.pipeline.load import Model
 
-# The latent's longer side in a preview: 256 pixels of image.
-PREVIEW_SIDE = 32
+PREVIEW_SIDE = 256  # pixels, the longer one
 
 
 def decode_latents(model: Model, tokens_BLD: Tensor, width: int, height: int) -> Tensor:
@@ -34,7 +32,8 @@ def decode_latents(model: Model, tokens_BLD: Tensor, width: int, height: int) ->
         NumericalError: the VAE gave NaN or infinity.
     """
     latents_BCHW = unpack(tokens_BLD, width, height)
-    return torch.cat([_decode(model, latents_1CHW) for latents_1CHW in latents_BCHW.split(1)])
+    with model.memory.phase("decode"):
+        return torch.cat([_decode(model, latents_1CHW) for latents_1CHW in latents_BCHW.split(1)])
 
 
 def _decode(model: Model, latents_1CHW: Tensor) -> Tensor:
@@ -50,12 +49,12 @@ def to_pictures(images_B3HW: Tensor) -> list[Image.Image]:
 
 
 def preview(model: Model, tokens_BLD: Tensor, width: int, height: int) -> Image.Image:
-    """A small picture of the first image's latents: they are shrunk first, then decoded.
+    """A blurred picture of the first image's latents, its longer side at most 256 pixels.
 
-    Works for any VAE, and costs the same at any size: at most 256 x 256 pixels are decoded.
+    Its colours are a linear map of the latents: decoding would take as long as several steps.
     """
     latents_1CHW = unpack(tokens_BLD[:1], width, height)
-    rows, columns = latents_1CHW.shape[-2:]
-    factor = min(1.0, PREVIEW_SIDE / max(rows, columns))
-    small = (max(1, round(rows * factor)), max(1, round(columns * factor)))
-    return to_pictures(_decode(model, F.adaptive_avg_pool2d(latents_1CHW, small)))[0]
+    factor = min(1.0, PREVIEW_SIDE / max(width, height))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    colours = (model.autoencoder.colours(latents_1CHW) / 2 + 0.5).clamp(0, 1)
+    return to_pictures(colours)[0].resize(size, Image.Resampling.BICUBIC)

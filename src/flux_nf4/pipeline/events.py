@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Stage: TypeAlias = Literal["load", "text", "modulation", "denoise", "decode"]
+Stage: TypeAlias = Literal["load", "encode", "text", "modulation", "denoise", "decode"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,10 @@ class StageStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """Denoising step `step` of `num_steps` is done (1 is the first); `preview` if asked for."""
+    """Denoising step `step` of the `num_steps` that are run is done (1 is the first).
+
+    `preview` comes with as many steps as the request asked for.
+    """
 
     step: int
     num_steps: int

@@ -1,51 +1,63 @@
 """The settings that made an image, in the image: for other tools, for us, and for the law.
 
-Three texts in the PNG:
+Three texts, as a PNG names them:
     parameters          A1111's line, which its family of tools and many viewers read
     flux_nf4            our own JSON, exact and complete: what `info` and a repetition go by
     XML:com.adobe.xmp   IPTC digital source type `trainedAlgorithmicMedia`: made by a model
+
+In JPEG and WebP the first is the EXIF `UserComment`, as A1111 has it, and the second a property
+of the XMP packet.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import html
+import io
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux_nf4 import __version__
-from flux_nf4.errors import FormatError
-from flux_nf4.pipeline.png import read_png_texts, write_png
+from flux_nf4.errors import DiskError, FormatError
+from flux_nf4.pipeline.image_header import (
+    EXIF_POINTER,
+    MAX_JPEG_SEGMENT_BYTES,
+    PARAMETERS_KEY,
+    UNICODE_COMMENT,
+    USER_COMMENT,
+    XMP_KEY,
+    read_header,
+)
+from flux_nf4.pipeline.png import write_png
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from PIL.Image import Image
 
-PARAMETERS_KEY = "parameters"
+    from flux_nf4.pipeline.png import ImageHeader
+
 SETTINGS_KEY = "flux_nf4"
-XMP_KEY = "XML:com.adobe.xmp"
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-# The packet's id is a constant of the XMP specification, part 1.
-XMP_PACKET = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
-<x:xmpmeta xmlns:x="adobe:ns:meta/">
- <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-  <rdf:Description rdf:about=""
-    xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
-    Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}"/>
- </rdf:RDF>
-</x:xmpmeta>
-<?xpacket end="w"?>"""
+_SETTINGS_PROPERTY = "flux_nf4:Settings"
+_SETTINGS_IN_XMP = re.compile(rf'{_SETTINGS_PROPERTY}="([^"]*)"')
+# Of the length that a JPEG has for a part of its metadata, what stands before the metadata.
+_MAX_JPEG_METADATA = MAX_JPEG_SEGMENT_BYTES - 100
 
 # `name: value` pairs of A1111's last line; a value with commas, colons or lines is a JSON string.
-_PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+# It starts at a letter, not at the space before it: a line of nothing but spaces is read at once.
+_PAIR = re.compile(r'(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSettings:
-    """Everything that decided an image; the same settings and software give the same image."""
+    """Everything that decided an image; the same settings and software give the same image.
+
+    `strength` None: drawn from noise alone; else from another image, which is not in it.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -56,6 +68,7 @@ class ImageSettings:
     distilled_guidance_scale: float | None
     seed: int
     schedule: str = "flux"
+    strength: float | None = None
     max_sequence_length: int
     model: str
     quantization: str
@@ -77,6 +90,7 @@ class ImageSettings:
             ),
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
+            "Denoising strength": None if self.strength is None else f"{self.strength:g}",
             "Model": self.model,
             "Version": f"flux-nf4 {self.version}",
         }
@@ -138,31 +152,86 @@ def save_image(path: str | Path, image: Image, settings: ImageSettings) -> None:
         InputError: the name does not end in `.png`.
         DiskError: no such folder, no permission, no space.
     """
-    texts = {
+    write_png(path, image, png_texts(settings))
+
+
+def png_texts(settings: ImageSettings) -> dict[str, str]:
+    """The three texts of a PNG."""
+    return {
         PARAMETERS_KEY: settings.to_a1111(),
         SETTINGS_KEY: settings.to_json(),
-        XMP_KEY: XMP_PACKET,
+        XMP_KEY: xmp_packet(),
     }
-    write_png(path, image, texts)
 
 
-def read_image(path: str | Path) -> ImageRecord:
-    """Read what a PNG tells about its making.
+def exif_and_xmp(record: ImageRecord, *, is_jpeg: bool) -> tuple[bytes, bytes]:
+    """An image's settings as the metadata of a JPEG or WebP file.
+
+    A JPEG holds 64 KB of each: of a longer prompt neither text is kept, as half of one would be
+    read as the whole. That a model made the image is said in any case.
+    """
+    from PIL.Image import Exif
+
+    comment = UNICODE_COMMENT + record.parameters.encode("utf-16-be") if record.parameters else b""
+    xmp = xmp_packet(record.settings).encode()
+    if is_jpeg and max(len(comment), len(xmp)) > _MAX_JPEG_METADATA:
+        return b"", xmp_packet().encode()
+    exif = Exif()
+    if comment:
+        exif.get_ifd(EXIF_POINTER)[USER_COMMENT] = comment
+    return exif.tobytes() if comment else b"", xmp
+
+
+def xmp_packet(settings: ImageSettings | None = None) -> str:
+    """The XMP that says that a model made the image, and with which settings if they are given.
+
+    Source: XMP specification, part 1 (the packet's id is a constant of it), and IPTC's "Digital
+    Source Type" vocabulary.
+    """
+    ours = ""
+    if settings is not None:
+        # ASCII, as XML cannot hold every character that a prompt may.
+        text = html.escape(json.dumps(dataclasses.asdict(settings)))
+        ours = f'\n    xmlns:flux_nf4="urn:flux-nf4"\n    {_SETTINGS_PROPERTY}="{text}"'
+    return f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+ <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about=""
+    xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+    Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}"{ours}/>
+ </rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="w"?>"""
+
+
+def read_image(source: str | Path | bytes) -> ImageRecord:
+    """Read what a PNG, JPEG or WebP, a file or its bytes, tells about its making.
 
     Raises:
         DiskError: the file cannot be read.
-        FormatError: it is not a PNG, or damaged.
+        FormatError: it is none of these, or damaged.
     """
-    png = read_png_texts(path)
-    settings_text = png.texts.get(SETTINGS_KEY)
-    parameters = png.texts.get(PARAMETERS_KEY, "")
+    if isinstance(source, bytes):
+        return _record(read_header(io.BytesIO(source), "the image"))
+    try:
+        with Path(source).open("rb") as file:
+            return _record(read_header(file, f"`{source}`"))
+    except OSError as error:
+        raise DiskError(f"`{source}` cannot be read: {error.strerror or error}") from error
+
+
+def _record(header: ImageHeader) -> ImageRecord:
+    xmp = header.texts.get(XMP_KEY, "")
+    in_xmp = _SETTINGS_IN_XMP.search(xmp)
+    settings_text = header.texts.get(SETTINGS_KEY) or (in_xmp and html.unescape(in_xmp[1]))
+    parameters = header.texts.get(PARAMETERS_KEY, "")
     return ImageRecord(
-        width=png.width,
-        height=png.height,
-        settings=None if settings_text is None else ImageSettings.from_json(settings_text),
+        width=header.width,
+        height=header.height,
+        settings=ImageSettings.from_json(settings_text) if settings_text else None,
         parameters=parameters,
         pairs=parse_a1111(parameters),
-        is_declared_generated=SOURCE_TYPE in png.texts.get(XMP_KEY, ""),
+        is_declared_generated=SOURCE_TYPE in xmp,
     )
 
 

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from flux_nf4.errors import FormatError, InputError, ModelNotFoundError
+from flux_nf4.errors import DoesNotFitError, FormatError, InputError, ModelNotFoundError
 from flux_nf4.formats.checkpoint import Checkpoint, open_checkpoint
+from flux_nf4.memory.activations import Workload
+from flux_nf4.model.arithmetic import (
+    ArithmeticWish,
+    check_arithmetic,
+    choose_arithmetic,
+    set_arithmetic,
+)
 from flux_nf4.model.build import build_autoencoder, build_clip, build_t5, build_transformer
 from flux_nf4.pipeline.convert import QuantizationWish, quantize_component
+from flux_nf4.pipeline.model_memory import ModelMemory, attempt, manage, managed_device
 from flux_nf4.pipeline.sampling import LATENT_CHANNELS, PIXELS_PER_LATENT
 from flux_nf4.pipeline.tokenizers import Tokenizers, load_tokenizers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tokenizers import Tokenizer
+    from torch import nn
 
     from flux_nf4.formats.checkpoint import Component, ComponentKind
     from flux_nf4.formats.facts import Facts
+    from flux_nf4.memory.device import Device
     from flux_nf4.model.autoencoder import Autoencoder
     from flux_nf4.model.text import ClipTextEncoder, T5Encoder
     from flux_nf4.model.transformer import FluxTransformer
+    from flux_nf4.nf4.eight_bit import Arithmetic
 
 DEMO_FILE = "flux-demo-nf4-v2.safetensors"
 COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
@@ -36,18 +51,28 @@ class LoadSettings:
     """Where and how to compute.
 
     `device`: `auto` (a CUDA device if there is one, else the CPU), or what `torch.device` takes.
+    `vram` and `ram` limit the device memory and the main memory for weights, in bytes. `vram` None:
+    what is free, less some for the desktop. On a CPU everything stays in main memory.
     `dtype` None: bfloat16 where the device is fast in it, else float32; float16 is refused, as
     FLUX's activations overflow it. `quantization` None: the weights as the file has them.
+    `arithmetic`: how the transformer's NF4 layers multiply. `bf16` is exact: in the model's dtype;
+    `fp8` and `int8` are quicker on a GPU that has them; `auto` takes the quickest, and a note of
+    the model says which.
 
     Raises:
-        InputError: the device is unknown or absent, or the dtype is not one to compute in.
+        InputError: the device is unknown or absent, or has no such arithmetic; or the dtype is not
+            one to compute in.
     """
 
     device: str = "auto"
     dtype: torch.dtype | None = None
     quantization: QuantizationWish | None = None
+    vram: int | None = None
+    ram: int | None = None
+    arithmetic: ArithmeticWish = "bf16"
 
     def __post_init__(self) -> None:
+        check_arithmetic(self.arithmetic)
         if self.dtype is not None and self.dtype not in COMPUTE_DTYPES:
             raise InputError(
                 f"cannot compute in `{self.dtype}`",
@@ -71,6 +96,8 @@ class Model:
     transformer: FluxTransformer
     autoencoder: Autoencoder
     notes: tuple[str, ...] = ()
+    memory: ModelMemory = field(default_factory=ModelMemory)
+    arithmetic: Arithmetic = "bf16"
 
     @property
     def embeds_guidance(self) -> bool:
@@ -98,6 +125,7 @@ def assemble_model(checkpoint: Checkpoint, settings: LoadSettings) -> Model:
     """
     device = resolve_device(settings.device)
     dtype = settings.dtype or default_dtype(device)
+    arithmetic, note = choose_arithmetic(settings.arithmetic, device)
     checkpoint.require_complete()
     check_variant(checkpoint)
     check_facts(checkpoint.facts)
@@ -111,6 +139,11 @@ def assemble_model(checkpoint: Checkpoint, settings: LoadSettings) -> Model:
     components, facts = dict(checkpoint.components), checkpoint.facts
     tokenizers = load_tokenizers(checkpoint)
     check_vocabularies(tokenizers, components)
+    notes = [*checkpoint.notes, *([] if note is None else [note])]
+    if settings.vram is not None and device.type == "cpu":
+        notes.append("the limit of device memory is not used: the device is the CPU")
+    manager = managed_device(device, settings.vram)
+    place = device if manager is None else torch.device("meta")
     model = Model(
         path=checkpoint.path,
         facts=facts,
@@ -119,14 +152,45 @@ def assemble_model(checkpoint: Checkpoint, settings: LoadSettings) -> Model:
         device=device,
         dtype=dtype,
         tokenizers=tokenizers,
-        t5=build_t5(components["t5"], device=device, dtype=dtype),
-        clip=build_clip(components["clip"], facts, device=device, dtype=dtype),
-        transformer=build_transformer(components["transformer"], device=device, dtype=dtype),
-        autoencoder=build_autoencoder(components["vae"], facts, device=device, dtype=dtype),
-        notes=checkpoint.notes,
+        t5=build_t5(components["t5"], device=place, dtype=dtype),
+        clip=build_clip(components["clip"], facts, device=place, dtype=dtype),
+        transformer=build_transformer(components["transformer"], device=place, dtype=dtype),
+        autoencoder=build_autoencoder(components["vae"], facts, device=place, dtype=dtype),
+        notes=tuple(notes),
+        arithmetic=arithmetic,
     )
+    set_arithmetic(model.transformer.blocks, arithmetic)
     check_parts_match(model)
-    return model
+    return model if manager is None else _managed(model, components, manager, settings)
+
+
+def _managed(
+    model: Model,
+    components: Mapping[ComponentKind, Component],
+    device: Device,
+    settings: LoadSettings,
+) -> Model:
+    """The model with a plan for its own size, which begins to load."""
+    modules: dict[ComponentKind, nn.Module] = {
+        "transformer": model.transformer,
+        "t5": model.t5,
+        "clip": model.clip,
+        "vae": model.autoencoder,
+    }
+    memory = manage(
+        {kind: (module, components[kind]) for kind, module in modules.items()},
+        device,
+        name=f"{model.facts.name} {model.quantization}",
+        dtype=model.dtype,
+        vram=settings.vram,
+        ram=settings.ram,
+    )
+    size, length = model.facts.default_size, model.facts.max_sequence_length
+    own = Workload(width=size, height=size, num_text_tokens=length)
+    notes = list(model.notes)
+    with contextlib.suppress(DoesNotFitError):  # a request for a smaller image may
+        notes += (notice.message for notice in attempt(memory, partial(memory.begin, own)))
+    return dataclasses.replace(model, memory=memory, notes=tuple(notes))
 
 
 def demo_path() -> Path:

@@ -1,4 +1,4 @@
-"""PNG chunks: text into a file, atomically, and back out of any file, however hostile.
+"""PNG chunks: text into a file, and back out of any file, however hostile.
 
 Reading walks the chunks and never decodes a pixel, so a picture of any size costs nothing; what
 it keeps is bounded. Format: PNG specification, third edition (W3C), sections 5 and 11.3.3.
@@ -10,9 +10,9 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
-from flux_nf4.errors import DiskError, FormatError, InputError
+from flux_nf4.errors import FormatError, InputError
 from flux_nf4.formats.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -23,104 +23,116 @@ if TYPE_CHECKING:
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT_BYTES = 4 * 2**20  # of all texts of one file together, decompressed
 MAX_CHUNKS = 100_000
+# An image of the demo model: 4.1 ms and 39.6 kB, where Pillow's own level, 6, takes 10.4 ms for
+# 37.5 kB; a grainy megapixel takes 0.18 s and 1.8 MB with either.
+_COMPRESS_LEVEL = 4
+_KEPT = (b"IHDR", b"tEXt", b"zTXt", b"iTXt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PngTexts:
-    """What a PNG says of itself: its size in pixels, and the first text of each keyword."""
+class ImageHeader:
+    """What an image file says of itself: its size in pixels, and the first text of each keyword."""
 
+    format: Literal["PNG", "JPEG", "WEBP"]
     width: int
     height: int
+    is_animated: bool
     texts: Mapping[str, str]
 
 
 def write_png(path: str | Path, image: Image, texts: Mapping[str, str]) -> None:
     """Save an image with its texts; the file is there whole, or as it was before.
 
-    Text goes into `tEXt` where Latin-1 can hold it and into `iTXt` otherwise, as Pillow and so
-    A1111 do.
-
     Raises:
         InputError: the name does not end in `.png`.
         DiskError: no such folder, no permission, no space.
     """
-    from PIL.PngImagePlugin import PngInfo
-
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise InputError(f"`{path}` does not end in `.png`, the one format that is written")
+    with atomic_file(path) as file:
+        save_png(file, image, texts)
+
+
+def save_png(file: BinaryIO, image: Image, texts: Mapping[str, str]) -> None:
+    """Write an image with its texts.
+
+    A1111's text goes into `tEXt` where Latin-1 can hold it and into `iTXt` otherwise, as Pillow
+    and so A1111 do.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
     info = PngInfo()
     for keyword, text in texts.items():
         if keyword == "parameters":
             info.add_text(keyword, text)
         else:
             info.add_itxt(keyword, text)
-    with atomic_file(path) as file:
-        image.save(file, format="PNG", pnginfo=info)
+    image.save(file, format="PNG", pnginfo=info, compress_level=_COMPRESS_LEVEL)
 
 
-def read_png_texts(path: str | Path) -> PngTexts:
-    """Read the size and the texts of a PNG.
+def read_png_header(file: BinaryIO, name: str) -> ImageHeader:
+    """Read the size and the texts of a PNG from its start; errors call it `name`.
 
     Raises:
-        DiskError: the file cannot be read.
         FormatError: it is not a PNG, cut short, damaged, or its texts are beyond all measure.
     """
-    try:
-        with Path(path).open("rb") as file:
-            return _read_chunks(file, Path(path))
-    except OSError as error:
-        raise DiskError(f"`{path}` cannot be read: {error.strerror or error}") from error
-
-
-def _read_chunks(file: IO[bytes], path: Path) -> PngTexts:
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     if file.read(8) != SIGNATURE:
-        raise FormatError(f"`{path}` is not a PNG")
+        raise FormatError(f"{name} is not a PNG")
     dimensions: tuple[int, int] | None = None
+    is_animated = False
     texts: dict[str, str] = {}
     budget = MAX_TEXT_BYTES
     for _ in range(MAX_CHUNKS):
         head = file.read(8)
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
         if len(head) < 8 or file.tell() + length + 4 > size:
-            raise FormatError(f"`{path}` is cut short")
+            raise FormatError(f"{name} is cut short")
         if kind == b"IEND":
             break
-        if kind not in (b"IHDR", b"tEXt", b"zTXt", b"iTXt"):
+        is_animated |= kind == b"acTL"
+        if kind not in _KEPT:
             file.seek(length + 4, os.SEEK_CUR)
             continue
-        if length > budget:
-            raise FormatError(f"`{path}` holds more than {MAX_TEXT_BYTES} bytes of text")
-        body = file.read(length)
-        if zlib.crc32(kind + body) != int.from_bytes(file.read(4), "big"):
-            raise FormatError(
-                f"`{path}` is damaged: the checksum of a {kind.decode()} chunk is wrong"
-            )
+        body = _checked_body(file, kind, length, budget, name)
         if kind == b"IHDR":
-            dimensions = _dimensions(body, path)
+            dimensions = _dimensions(body, name)
             continue
-        keyword, text = _decode_text(kind, body, budget, path)
+        keyword, text = _decode_text(kind, body, budget, name)
         budget -= len(body) + len(text)
         texts.setdefault(keyword, text)
     else:
-        raise FormatError(f"`{path}` has more than {MAX_CHUNKS} chunks")
+        raise FormatError(f"{name} has more than {MAX_CHUNKS} chunks")
     if dimensions is None:
-        raise FormatError(f"`{path}` does not say how large it is")
-    return PngTexts(width=dimensions[0], height=dimensions[1], texts=texts)
+        raise FormatError(f"{name} does not say how large it is")
+    width, height = dimensions
+    return ImageHeader(
+        format="PNG", width=width, height=height, is_animated=is_animated, texts=texts
+    )
 
 
-def _dimensions(body: bytes, path: Path) -> tuple[int, int]:
+def _checked_body(file: BinaryIO, kind: bytes, length: int, budget: int, name: str) -> bytes:
+    if length > budget:
+        raise FormatError(f"{name} holds more than {MAX_TEXT_BYTES} bytes of text")
+    body = file.read(length)
+    if zlib.crc32(kind + body) != int.from_bytes(file.read(4), "big"):
+        raise FormatError(f"{name} is damaged: the checksum of a {kind.decode()} chunk is wrong")
+    return body
+
+
+def _dimensions(body: bytes, name: str) -> tuple[int, int]:
     width, height = int.from_bytes(body[:4], "big"), int.from_bytes(body[4:8], "big")
     if len(body) != 13 or not width or not height:
-        raise FormatError(f"`{path}` does not say how large it is")
+        raise FormatError(f"{name} does not say how large it is")
     return width, height
 
 
-def _decode_text(kind: bytes, body: bytes, budget: int, path: Path) -> tuple[str, str]:
+def _decode_text(kind: bytes, body: bytes, budget: int, name: str) -> tuple[str, str]:
     keyword, separator, rest = body.partition(b"\0")
     if not separator or not 1 <= len(keyword) <= 79:
-        raise FormatError(f"`{path}` is damaged: a {kind.decode()} chunk has no keyword")
+        raise FormatError(f"{name} is damaged: a {kind.decode()} chunk has no keyword")
     is_compressed = kind == b"zTXt"
     if is_compressed:
         rest = rest[1:]  # the method: there is only one
@@ -129,22 +141,22 @@ def _decode_text(kind: bytes, body: bytes, budget: int, path: Path) -> tuple[str
         _, _, rest = rest[2:].partition(b"\0")  # flag, method, language
         _, _, rest = rest.partition(b"\0")  # translated keyword
     if is_compressed:
-        rest = _decompress(rest, budget, path)
+        rest = _decompress(rest, budget, name)
     encoding = "utf-8" if kind == b"iTXt" else "latin-1"
     try:
         return keyword.decode("latin-1"), rest.decode(encoding)
     except UnicodeDecodeError as error:
-        raise FormatError(f"`{path}` is damaged: a text is not {encoding}") from error
+        raise FormatError(f"{name} is damaged: a text is not {encoding}") from error
 
 
-def _decompress(data: bytes, budget: int, path: Path) -> bytes:
+def _decompress(data: bytes, budget: int, name: str) -> bytes:
     decompressor = zlib.decompressobj()
     try:
         text = decompressor.decompress(data, budget)
     except zlib.error as error:
-        raise FormatError(f"`{path}` is damaged: a compressed text does not unpack") from error
+        raise FormatError(f"{name} is damaged: a compressed text does not unpack") from error
     if not decompressor.eof:
         raise FormatError(
-            f"`{path}` holds a text that is cut short, or that unpacks beyond all measure"
+            f"{name} holds a text that is cut short, or that unpacks beyond all measure"
         )
     return text

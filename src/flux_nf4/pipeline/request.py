@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from flux_nf4.errors import InputError
-from flux_nf4.pipeline.limits import MAX_SEED, MAX_STEPS, ScheduleKind, check_size
+from flux_nf4.pipeline.image_file import check_mask
+from flux_nf4.pipeline.limits import (
+    DEFAULT_STRENGTH,
+    MAX_SEED,
+    MAX_STEPS,
+    ScheduleKind,
+    check_size,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Far beyond what the text encoders read (512 tokens), and short enough to tokenize at once.
 MAX_PROMPT_CHARACTERS = 100_000
@@ -65,6 +75,12 @@ class GenerationRequest:
     FLUX.1-dev. Image `i` has the seed `seed + i`, so that it can be repeated alone. Sizes are in
     pixels. `max_sequence_length` limits T5's tokens; None takes the model's own.
 
+    With an `image`, the drawing starts from it: it is scaled and cropped to the size, and only the
+    last `strength` of the steps is run, on the image with as much noise as the first of them
+    expects. At 1 nothing of the image is left. Where there is a `mask_image`, only its white is
+    drawn anew, and every other pixel stays as it is. `num_previews` of an image are spread over
+    its steps, the last one after the last step.
+
     Raises:
         InputError: a value is out of range, with the nearest legal sizes for a size.
     """
@@ -81,7 +97,10 @@ class GenerationRequest:
     batch_size: int = 1
     max_sequence_length: int | None = None
     schedule: ScheduleKind = "flux"
-    preview: bool = False
+    image: Image | None = None
+    mask_image: Image | None = None
+    strength: float = DEFAULT_STRENGTH
+    num_previews: int = 0
 
     def __post_init__(self) -> None:
         check_prompt("prompt", self.prompt)
@@ -103,6 +122,36 @@ class GenerationRequest:
         if self.schedule not in get_args(ScheduleKind):
             names = " or ".join(f"`{name}`" for name in get_args(ScheduleKind))
             raise InputError(f"`schedule` must be {names}, got `{self.schedule!r}`")
+        check_whole_number("num_previews", self.num_previews, 0, MAX_STEPS)
+        self._check_image()
+
+    def _check_image(self) -> None:
+        check_number("strength", self.strength, 0, 1)
+        if not self.strength:
+            raise InputError("`strength` must be more than 0: at 0 the image stays as it is")
+        if self.image is None:
+            if self.mask_image is not None:
+                raise InputError("`mask_image` needs an `image`", hint="give both, or neither")
+            return
+        from PIL.Image import Image
+
+        for name, value in (("image", self.image), ("mask_image", self.mask_image)):
+            if value is not None and not isinstance(value, Image):
+                kind = type(value).__name__
+                raise InputError(f"`{name}` must be a PIL.Image.Image, got `{kind}`")
+        if self.mask_image is not None:
+            check_mask(self.mask_image, self.image)
+
+    @property
+    def num_steps(self) -> int:
+        """The steps that are run: with an image, `strength` of them, rounded up (so at least one).
+
+        The rounding is that of Diffusers, errors of floating point included.
+        """
+        if self.image is None:
+            return self.num_inference_steps
+        num_skipped = int(self.num_inference_steps - self.num_inference_steps * self.strength)
+        return max(1, self.num_inference_steps - num_skipped)
 
     @property
     def is_guided(self) -> bool:

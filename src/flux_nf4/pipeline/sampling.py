@@ -83,16 +83,23 @@ def draw_noise(seeds: Sequence[int], width: int, height: int) -> Tensor:
     An image's noise does not depend on its neighbours: any image of a batch can be repeated alone.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.cat([draw_noise_from(generator, 1, width, height) for generator in generators])
+    return draw_noise_from(generators, 1, width, height)
 
 
-def draw_noise_from(generator: torch.Generator, batch: int, width: int, height: int) -> Tensor:
-    """The next `batch` images' noise of a generator: (B, C, H, W) float32, on its device.
+def draw_noise_from(
+    generators: Sequence[torch.Generator], num_each: int, width: int, height: int
+) -> Tensor:
+    """The next noise of each generator, for `num_each` images: (B, C, H, W), as `draw_noise`.
 
-    Equal to what Diffusers draws from the same generator for a whole batch.
+    On the generators' device. Equal to what Diffusers draws from them.
     """
-    shape = (batch, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
-    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+    shape = (num_each, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+    return torch.cat(
+        [
+            torch.randn(shape, generator=each, device=each.device, dtype=torch.float32)
+            for each in generators
+        ]
+    )
 
 
 def pack(latents_BCHW: Tensor) -> Tensor:
@@ -131,6 +138,11 @@ def euler_step(x_BLD: Tensor, v_BLD: Tensor, sigma: float, next_sigma: float) ->
     """
     step = float(np.float32(next_sigma) - np.float32(sigma))
     return x_BLD + step * v_BLD.float()
+
+
+def add_noise(image_BLD: Tensor, noise_BLD: Tensor, sigma: float) -> Tensor:
+    """The point at `sigma` of the straight line from an image's latents to noise."""
+    return sigma * noise_BLD + (1 - sigma) * image_BLD
 
 
 def guide(v_BLD: Tensor, v_negative_BLD: Tensor, guidance_scale: float) -> Tensor:

@@ -104,11 +104,11 @@ class FakePipeline:
         picture = Image.new("RGB", (request.width, request.height))
         for index in range(request.num_images):
             yield events.StageStarted(stage="denoise")
-            for step in range(1, request.num_inference_steps + 1):
+            for step in range(1, request.num_steps + 1):
                 yield events.StepDone(
                     step=step,
-                    num_steps=request.num_inference_steps,
-                    preview=picture if request.preview else None,
+                    num_steps=request.num_steps,
+                    preview=picture if request.num_previews else None,
                 )
                 self.on_step(step)
             if self.error is not None:

@@ -49,8 +49,8 @@ def test_nothing_but_the_image_is_left_behind(flux, pipeline, folder):
         (("-s", "96X112"), "width", 96),
         (("-s", "128"), "height", 128),
         (("--schedule", "forge"), "schedule", "forge"),
-        (("--preview",), "preview", True),
-        (("--no-preview",), "preview", False),
+        (("--preview",), "num_previews", 8),
+        (("--no-preview",), "num_previews", 0),
     ],
 )
 def test_an_option_reaches_the_request(flux, pipeline, flags, name, value):
@@ -187,8 +187,53 @@ def test_a_preview_is_a_whole_picture_and_goes_with_the_image(flux, pipeline, fo
     pipeline.on_step = look
     flux("generate", "a dog", "--seed", "7", "--preview", "--steps", "16")
 
-    assert seen == list(range(2, 17))
+    assert seen == list(range(1, 17))
     assert not path.exists()
+
+
+def picture(folder, name, size=(96, 128), mode="RGB"):
+    Image.new(mode, size, "white").save(folder / name)
+
+
+def test_an_image_a_mask_and_a_strength_reach_the_request(flux, pipeline, folder):
+    picture(folder, "photo.jpg")
+    picture(folder, "mask.png", mode="L")
+    flux("generate", "a dog", "--image", "photo.jpg", "--mask", "mask.png", "--strength", "0.3")
+    (request,) = pipeline.requests
+
+    assert (request.image.size, request.mask_image.size) == ((96, 128), (96, 128))
+    assert request.strength == 0.3
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), (48 + 16, 80)),
+        (("--width", "96"), (96, 128)),
+        (("--height", "192"), (144, 192)),
+        (("--size", "64x64"), (64, 64)),
+    ],
+)
+def test_an_image_has_a_say_in_the_size(flux, pipeline, folder, flags, expected):
+    picture(folder, "photo.png")
+    flux("generate", "a dog", "--image", "photo.png", *flags)
+
+    assert (pipeline.requests[0].width, pipeline.requests[0].height) == expected
+
+
+def test_the_steps_that_an_image_leaves_are_counted(flux, pipeline, folder):
+    picture(folder, "photo.png")
+    said = flux("generate", "a dog", "--image", "photo.png", "--strength", "0.5").err
+
+    assert "denoising: 50 % (5/10 steps)" in said
+    assert "10 steps," in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("flags", "strength"), [(("--image", "photo.png"), 0.6), ((), None)])
+def test_the_strength_is_written_where_there_was_an_image(flux, pipeline, folder, flags, strength):
+    picture(folder, "photo.png")
+
+    assert flux("generate", "a dog", "--json", *flags).json_lines[0]["strength"] == strength
 
 
 def test_a_preview_goes_when_the_run_fails(flux, pipeline, folder):
@@ -244,10 +289,21 @@ def test_a_hyphen_reads_standard_input(flux, pipeline, monkeypatch):
         (("a", "--true-cfg", "inf"), "`--true-cfg` must be a finite number"),
         (("a", "--true-cfg", "0.5"), "`--true-cfg` must be at least 1"),
         (("a", "--count", "0"), "`--count` must be at least 1"),
+        (("a", "--mask", "wide.png"), "`--mask` is for drawing from an image, and none is given"),
+        (("a", "--strength", "0.5"), "`--strength` is for drawing from an image"),
+        (("a", "--image", "wide.png", "--strength", "0"), "`--strength` must be at least 0.01"),
+        (("a", "--image", "absent.png"), "cannot read the image `absent.png`: No such file"),
+        (("a", "--image", "."), "cannot read the image `.`: Is a directory"),
+        (
+            ("a", "--image", "wide.png", "--mask", "high.png"),
+            "the mask of 64 x 128 pixels does not lie on the image of 128 x 64",
+        ),
         (("a", "--schedule", "karras"), "`--schedule` must be `flux` or `forge`, got `karras`"),
     ],
 )
 def test_bad_usage_is_said_before_anything_is_loaded(flux, pipeline, folder, arguments, said):
+    picture(folder, "wide.png", (128, 64))
+    picture(folder, "high.png", (64, 128))
     (folder / "empty.txt").write_text("\n \n")
     (folder / "latin.txt").write_bytes(b"g\xfcn")
     ended = flux("generate", *arguments)
@@ -331,13 +387,14 @@ def test_images_that_were_done_before_an_error_stay(flux, pipeline, folder):
 
 @pytest.mark.parametrize(
     ("config", "size", "expected"),
-    [(tiny(), "256", [1]), (tiny(), "1024", []), (FLUX_1_DEV_CONFIG, "256", [])],
+    [(tiny(), "256", [1]), (tiny(), "1024", [4]), (FLUX_1_DEV_CONFIG, "256", [4])],
     ids=["small image of a narrow model", "large image", "wide model"],
 )
 def test_only_small_images_of_a_narrow_model_take_one_thread(
     flux, pipeline, monkeypatch, config, size, expected
 ):
     asked = []
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
     monkeypatch.setattr("torch.set_num_threads", asked.append)
     pipeline.model.transformer.config = config
     flux("generate", "a dog", "--size", size)

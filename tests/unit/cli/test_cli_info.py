@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shlex
 
@@ -7,6 +8,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flux_nf4.pipeline.image_metadata import ImageSettings, save_image
+from flux_nf4.server.images import encode_png, transcode
 
 SETTINGS = ImageSettings(
     prompt='a dog\'s "house"',
@@ -79,15 +81,11 @@ def test_parts_that_are_missing_are_named(flux, checkpoint, folder):
     ]
 
 
-def test_the_command_that_repeats_an_image_says_all_that_made_it(flux, folder):
+def test_the_command_that_repeats_an_image_names_file_and_model(flux, folder):
     save_image("a.png", Image.new("RGB", (64, 96)), SETTINGS)
     command = flux("info", "a.png").out.splitlines()[-1].strip()
 
-    assert shlex.split(command) == [
-        *("flux-nf4", "generate", 'a dog\'s "house"', "--negative", "rain", "--seed", "11"),
-        *("--size", "64x96", "--steps", "7", "--guidance", "3.25", "--true-cfg", "2"),
-        *("--schedule", "forge", "-m", "demo"),
-    ]
+    assert command == "flux-nf4 generate --from a.png -m demo"
 
 
 def test_the_command_that_repeats_an_image_does(flux, pipeline, folder):
@@ -96,6 +94,35 @@ def test_the_command_that_repeats_an_image_does(flux, pipeline, folder):
     flux(*shlex.split(command)[1:])
 
     assert pipeline.requests[0] == pipeline.requests[1]
+
+
+def test_an_image_drawn_from_another_says_that_it_is_needed(flux, folder):
+    settings = dataclasses.replace(SETTINGS, strength=0.5)
+    save_image("a.png", Image.new("RGB", (64, 96)), settings)
+    command = flux("info", "a.png").out.splitlines()[-1].strip()
+
+    assert command == "flux-nf4 generate --from a.png --image PATH/TO/IMAGE -m demo"
+
+
+@pytest.mark.parametrize("form", ["jpeg", "webp"])
+def test_settings_are_read_from_every_format(flux, folder, form):
+    png = encode_png(bytes(64 * 96 * 3), 64, 96, SETTINGS)
+    (folder / "a.image").write_bytes(transcode(png, form))
+    told = json.loads(flux("info", "a.image", "--json").out)
+
+    assert told["settings"]["seed"] == SETTINGS.seed
+    assert told["is_declared_generated"] is True
+
+
+@pytest.mark.parametrize("form", ["jpeg", "webp"])
+def test_a1111s_own_files_are_read_in_every_format(flux, folder, form):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + A1111.encode("utf-16-be")
+    Image.new("RGB", (16, 16)).save("a.image", form, exif=exif)
+    told = json.loads(flux("info", "a.image", "--json").out)
+
+    assert told["parameters"] == A1111
+    assert told["command"].startswith("flux-nf4 generate --from a.image")
 
 
 def test_settings_are_read_back(flux, folder):
@@ -111,8 +138,7 @@ def test_an_image_of_other_tools_gives_a_command_too(flux, folder):
     save_a1111("a.png")
 
     assert flux("info", "a.png").out.splitlines()[-1].strip() == (
-        "flux-nf4 generate 'a dog' --negative rain --seed 5 --size 896x1152 --steps 20 "
-        "--guidance 3.5 --true-cfg 1 --schedule forge -m PATH/TO/flux1-dev-bnb-nf4-v2"
+        "flux-nf4 generate --from a.png -m PATH/TO/flux1-dev-bnb-nf4-v2"
     )
 
 

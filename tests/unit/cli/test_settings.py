@@ -61,7 +61,7 @@ def test_the_users_file_lies_in_the_home_folder_by_default(tmp_path):
     assert options(environment={"HOME": str(tmp_path)}).steps == 9
 
 
-@pytest.mark.parametrize("name", sorted(setting_parameters()))
+@pytest.mark.parametrize("name", sorted(each.name for each in parameters(Settings)))
 def test_every_setting_may_come_from_a_variable(name):
     samples = {int: "16", float: "2.5", bool: "true", str: "text"}
     kind = setting_parameters()[name].kind

@@ -38,9 +38,9 @@ def test_latents_are_shifted_and_scaled_both_ways(vae):
     facts = Facts(vae_norm_num_groups=4, vae_scaling_factor=1.0, vae_shift_factor=0.0)
     images = torch.rand(1, 3, 8, 8) * 2 - 1
     with torch.no_grad():
-        plain = build_autoencoder(vae, facts, **BUILD).encode(images)
+        plain, _ = build_autoencoder(vae, facts, **BUILD).encode(images)
         built = build_autoencoder(vae, FACTS, **BUILD)
-        latents = built.encode(images)
+        latents, _ = built.encode(images)
         torch.testing.assert_close(latents, (plain - 0.1159) * 0.3611)
         torch.testing.assert_close(
             built.decode(latents), build_autoencoder(vae, facts, **BUILD).decode(plain)
@@ -50,7 +50,29 @@ def test_latents_are_shifted_and_scaled_both_ways(vae):
 def test_latents_are_float32_whatever_it_computes_in(vae):
     built = build_autoencoder(vae, FACTS, device="cpu", dtype=torch.bfloat16)
     with torch.no_grad():
-        assert built.encode(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
+        latents = built.encode(torch.zeros(1, 3, 8, 8))
+    assert [each.dtype for each in latents] == [torch.float32] * 2
+
+
+def test_colours_of_flux_1s_latents_need_no_weights(vae):
+    built = build_autoencoder(vae, FACTS, **BUILD)
+    built.model.register_to_config(block_out_channels=[128, 256, 512, 512])
+    del built.model.encoder, built.model.decoder
+    latents = torch.zeros(1, 16, 1, 2)
+    latents[0, 9, 0, 1] = 2.0
+    colours = built.colours(latents)[0, :, 0].T
+    torch.testing.assert_close(colours[0], torch.tensor([-0.0329, -0.0718, -0.0851]))
+    torch.testing.assert_close(colours[1] - colours[0], 2 * torch.tensor([0.1008, 0.0755, -0.0421]))
+
+
+def test_colours_of_another_vaes_latents_are_fitted_once(vae, monkeypatch):
+    built = build_autoencoder(vae, FACTS, **BUILD)
+    latents = torch.randn(2, 16, 3, 5)
+    with torch.no_grad():
+        colours = built.colours(latents)
+        monkeypatch.setattr(built, "encode", None)
+        assert torch.equal(built.colours(latents), colours)
+    assert colours.shape == (2, 3, 3, 5)
 
 
 @pytest.mark.parametrize("groups", [5, 32])

@@ -7,40 +7,36 @@ import sys
 from pathlib import Path
 
 import pytest
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, compile_for
 
 from flux_nf4.nf4 import triton_kernels
 
-SIGNATURE = {
-    "codes_P": "*u8",
-    "absmax_G": "*fp32",
-    "nested_codes_G": "*u8",
-    "nested_absmax": "*fp32",
-    "nested_levels": "*fp32",
-    "nested_offset": "*fp32",
-    "levels16": "*fp32",
-    "out_NK": "*bf16",
-    "num_blocks": "i32",
-}
-CONSTANTS = {"NESTED_BLOCK_SIZE": 256, "GROUP": 32, "BLOCK_SIZE": 64}
-# Turing, Ampere, Ada, Hopper, Blackwell.
-COMPUTE_CAPABILITIES = [75, 80, 89, 90, 120]
+TESTS = Path(__file__).parents[2]
 
 
-def compile_to_ptx(kernel: triton.JITFunction, compute_capability: int, out: str) -> str:
-    names = kernel.arg_names
-    signature = {name: SIGNATURE.get(name, "constexpr") for name in names} | {"out_NK": out}
-    constants = {name: value for name, value in CONSTANTS.items() if name in names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if signature[name].startswith("*")
+def expansion_ptx(capability: int, out: str, *, nested: bool = False) -> str:
+    """The expansion as it is launched, to a type in Triton's words."""
+    is_scaled = out in ("i8", "fp8e4nv")
+    signature = {
+        "codes_P": "*u8",
+        "absmax_G": "*u8" if nested else "*fp32",
+        "nested_absmax": "*fp32",
+        "nested_levels": "*fp32",
+        "nested_offset": "*fp32",
+        "inverse_scale_N": "*fp32",
+        "levels16": "*fp32",
+        "out_NK": f"*{out}",
+        "num_blocks": "i32",
+        "blocks_per_row": "i32",
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", compute_capability, 32)
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    constants = {
+        "NESTED_BLOCK_SIZE": 256 if nested else 0,
+        "IS_SCALED": is_scaled,
+        "GROUP": triton_kernels.VALUES_PER_PROGRAM // 64,
+        "BLOCK_SIZE": 64,
+    }
+    kernel, num_warps = triton_kernels._expand_kernel, triton_kernels.EXPAND_WARPS
+    compiled = compile_for(capability, kernel, signature, constants, num_warps=num_warps)
     return str(compiled.asm["ptx"])
 
 
@@ -48,7 +44,7 @@ def test_interpreted_kernels_equal_the_reference() -> None:
     script = Path(__file__).with_name("interpreted_kernels.py")
     run = subprocess.run(
         [sys.executable, str(script)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)},
         check=False,
         capture_output=True,
         text=True,
@@ -61,31 +57,50 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("compute_capability", COMPUTE_CAPABILITIES)
-@pytest.mark.parametrize("out", ["*bf16", "*fp16", "*fp32"])
-def test_both_kernels_compile_for_every_generation(compute_capability: int, out: str) -> None:
-    plain = compile_to_ptx(triton_kernels._expand_kernel, compute_capability, out)
-    nested = compile_to_ptx(triton_kernels._expand_nested_kernel, compute_capability, out)
-    target = f".target sm_{compute_capability}"
-    assert target in plain
-    assert target in nested
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("out", ["bf16", "fp32", "i8", "fp8e4nv"])
+def test_expansion_compiles_for_every_generation(capability: int, out: str) -> None:
+    if out != "fp8e4nv" or capability in FP8_CAPABILITIES:
+        assert expansion_ptx(capability, out, nested=True)
 
 
-def test_nested_kernel_rounds_the_product_before_the_sum() -> None:
-    ptx = compile_to_ptx(triton_kernels._expand_nested_kernel, 90, "*bf16")
-    assert not re.search(r"\bfma\.", ptx)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_int8_product_compiles_for_every_generation(capability: int) -> None:
+    tiles = triton_kernels.INT8_TILES
+    known = max(known for known in tiles if known <= divmod(capability, 10))
+    tile_m, tile_n, tile_k, num_warps, num_stages = tiles[known]
+    pointers = {"x_MK": "*i8", "x_scale_M": "*fp32", "w_NK": "*i8", "w_scale_N": "*fp32"}
+    signature = pointers | {"bias_N": "*bf16", "out_MN": "*bf16"}
+    signature |= dict.fromkeys(("num_rows", "num_out", "num_in"), "i32")
+    constants = {
+        "HAS_BIAS": True,
+        "TILE_M": tile_m,
+        "TILE_N": tile_n,
+        "TILE_K": tile_k,
+        "GROUP": triton_kernels.INT8_GROUP,
+    }
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = compile_for(capability, triton_kernels._int8_kernel, signature, constants, **options)
+    # On the tensor cores: Hopper has products of its own.
+    assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]
+
+
+def test_nested_absmax_rounds_the_product_before_the_sum() -> None:
+    assert not re.search(r"\bfma\.", expansion_ptx(90, "bf16", nested=True))
 
 
 def test_kernels_keep_subnormals() -> None:
-    ptx = compile_to_ptx(triton_kernels._expand_kernel, 90, "*fp32")
-    assert ".ftz" not in ptx
+    assert ".ftz" not in expansion_ptx(90, "fp32")
 
 
 def test_kernel_rounds_bfloat16_to_nearest() -> None:
-    ptx = compile_to_ptx(triton_kernels._expand_kernel, 90, "*bf16")
-    assert "cvt.rn.bf16x2.f32" in ptx
+    assert "cvt.rn.bf16x2.f32" in expansion_ptx(90, "bf16")
 
 
-def test_kernel_stores_sixteen_bytes_at_a_time() -> None:
-    ptx = compile_to_ptx(triton_kernels._expand_kernel, 90, "*bf16")
-    assert set(re.findall(r"st\.global\.(\S+)", ptx)) == {"v4.b32"}
+def test_kernel_rounds_e4m3_to_nearest() -> None:
+    assert "cvt.rn.satfinite.e4m3x2.f32" in expansion_ptx(90, "fp8e4nv")
+
+
+@pytest.mark.parametrize("out", ["bf16", "fp8e4nv", "i8"])
+def test_kernel_stores_sixteen_bytes_at_a_time(out: str) -> None:
+    assert set(re.findall(r"st\.global\.(\S+)", expansion_ptx(90, out))) == {"v4.b32"}

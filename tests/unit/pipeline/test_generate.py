@@ -4,8 +4,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import ImageColor
 
 from flux_nf4.errors import Cancelled, NumericalError, ShapeError
+from flux_nf4.pipeline.decode import preview
 from flux_nf4.pipeline.events import ImageDone, Notice, StageStarted, StepDone
 from flux_nf4.pipeline.generate import (
     GenerationRequest,
@@ -13,6 +15,7 @@ from flux_nf4.pipeline.generate import (
     generate,
     generate_latents,
 )
+from flux_nf4.pipeline.load import LoadSettings, load_model
 from flux_nf4.pipeline.sampling import draw_noise, pack
 
 REQUEST = GenerationRequest(
@@ -147,26 +150,42 @@ def test_no_preview_comes_unless_asked_for(tiny_model):
     assert all(e.preview is None for e in run(tiny_model) if isinstance(e, StepDone))
 
 
-def test_every_step_shows_a_preview_when_asked(tiny_model):
-    previews = [e.preview for e in run(tiny_model, preview=True) if isinstance(e, StepDone)]
+def test_every_step_shows_a_preview_where_there_are_as_many(tiny_model):
+    previews = [e.preview for e in run(tiny_model, num_previews=5) if isinstance(e, StepDone)]
     assert [preview.size for preview in previews] == [(64, 80)] * 3
 
 
+@pytest.mark.parametrize(
+    ("num_previews", "steps"), [(1, [7]), (2, [4, 7]), (3, [3, 5, 7]), (6, [2, 3, 4, 5, 6, 7])]
+)
+def test_previews_are_spread_over_the_steps(tiny_model, num_previews, steps):
+    events = run(tiny_model, num_inference_steps=7, num_previews=num_previews)
+    shown = [e.step for e in events if isinstance(e, StepDone) and e.preview is not None]
+    assert shown == steps
+
+
 def test_a_preview_of_a_large_image_is_small(tiny_model):
-    events = run(tiny_model, width=512, height=256, num_inference_steps=1, preview=True)
+    events = run(tiny_model, width=512, height=256, num_inference_steps=1, num_previews=1)
     (preview,) = [e.preview for e in events if isinstance(e, StepDone)]
     assert preview.size == (256, 128)
 
 
-def test_the_last_preview_is_the_image(tiny_model):
-    events = run(tiny_model, preview=True)
-    shown = [e.preview for e in events if isinstance(e, StepDone)][-1]
-    difference = np.subtract(np.asarray(shown), pictures(events)[0], dtype=np.int16)
-    assert np.abs(difference).max() <= 1
+def test_a_preview_has_the_colours_of_the_image():
+    demo = load_model(None, LoadSettings(device="cpu", dtype=torch.float32))
+    names = ("red", "green", "blue", "yellow", "white", "black", "grey")
+    expected = np.array([ImageColor.getrgb(name) for name in names])
+    images = torch.tensor(expected)[:, :, None, None].expand(-1, -1, 64, 64)
+    with torch.inference_mode():
+        means, _ = demo.autoencoder.encode(images / 127.5 - 1)
+        shown = np.array(
+            [np.asarray(preview(demo, tokens[None], 64, 64))[32, 32] for tokens in pack(means)]
+        )
+    distances = np.abs(shown[:, None].astype(int) - expected).sum(-1)
+    assert distances.argmin(1).tolist() == list(range(len(names)))
 
 
 def test_a_preview_does_not_change_the_image(tiny_model):
-    assert np.array_equal(pictures(run(tiny_model)), pictures(run(tiny_model, preview=True)))
+    assert np.array_equal(pictures(run(tiny_model)), pictures(run(tiny_model, num_previews=3)))
 
 
 def test_nan_in_t5_names_the_stage(tiny_model):

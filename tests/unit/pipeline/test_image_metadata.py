@@ -79,6 +79,12 @@ def test_a_text_without_pairs_is_all_prompt():
     assert parse_a1111("a cat\nin: two, lines") == {"Prompt": "a cat\nin: two, lines"}
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("part", [" ", "a", "a ", ":", '"', 'a: "', "a: b,", "\\", "a:", "\n"])
+def test_a_hostile_text_takes_no_longer_than_its_length(part):
+    parse_a1111("a" + part * 400_000 + "a")
+
+
 def test_an_empty_text_has_nothing():
     assert parse_a1111("") == {}
 
@@ -154,6 +160,11 @@ def test_damaged_settings_are_a_format_error(tmp_path, image, text, reason):
     write_png(tmp_path / "a.png", image, {"flux_nf4": text})
     with pytest.raises(FormatError, match=reason):
         read_image(tmp_path / "a.png")
+
+
+def test_a_missing_file_cannot_be_read(tmp_path):
+    with pytest.raises(DiskError, match="No such file"):
+        read_image(tmp_path / "absent.png")
 
 
 def test_no_permission_is_a_disk_error(tmp_path, image):

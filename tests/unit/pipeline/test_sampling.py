@@ -104,9 +104,9 @@ def test_noise_of_a_plain_global_seed_is_the_same():
 
 def test_a_generator_goes_on_from_image_to_image():
     generator = torch.Generator().manual_seed(1)
-    both = draw_noise_from(torch.Generator().manual_seed(1), 2, 64, 64)
-    first = draw_noise_from(generator, 1, 64, 64)
-    second = draw_noise_from(generator, 1, 64, 64)
+    both = draw_noise_from([torch.Generator().manual_seed(1)], 2, 64, 64)
+    first = draw_noise_from([generator], 1, 64, 64)
+    second = draw_noise_from([generator], 1, 64, 64)
     assert torch.equal(both, torch.cat((first, second)))
 
 

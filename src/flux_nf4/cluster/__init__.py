@@ -1,0 +1,1 @@
+"""The server over many hosts: its engine here, its workers on replicas of Ray Serve."""

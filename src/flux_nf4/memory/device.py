@@ -1,0 +1,159 @@
+"""What carrying out a plan asks of a device: buffers, copies beside the arithmetic, and order.
+
+Two devices: CUDA, with a stream of its own for copies and events between the two; and any other,
+where a copy is done when it returns and order needs no events. AMD's GPUs are `cuda` to PyTorch;
+they and Apple's have not been tried.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Mark: TypeAlias = Any  # a point in what the device was told to do
+
+
+class Device(Protocol):
+    """Memory and order on one device. Buffers are flat bytes, free when nothing refers to them."""
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """A buffer on the device.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room.
+        """
+
+    def pin(self, num_bytes: int) -> Tensor:
+        """A buffer in host memory that copies start from."""
+
+    def copy(self, target: Tensor, source: Tensor, *, after: Mark) -> Mark:
+        """Copy to the device beside the arithmetic, once `after` is reached -> when it is done."""
+
+    def mark(self) -> Mark:
+        """The end of the arithmetic that was asked for so far."""
+
+    def wait(self, mark: Mark) -> None:
+        """Let the arithmetic that is asked for from now on begin after `mark`."""
+
+    def reach(self, mark: Mark) -> None:
+        """Return once `mark` is reached."""
+
+    def release(self) -> None:
+        """Give back memory that is reserved and not used."""
+
+    def reset_peak(self) -> None:
+        """Begin to measure anew."""
+
+    def peak_bytes(self) -> int | None:
+        """The most that was allocated since; None where that is not counted."""
+
+    def free_bytes(self) -> int | None:
+        """What is free for this process; None where that is not known."""
+
+
+class PlainDevice:
+    """A device without streams: what is asked for is done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """As `Device`."""
+        with torch.inference_mode(mode=False):  # usable inside and outside of it
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def pin(self, num_bytes: int) -> Tensor:
+        """As `Device`; nothing is gained by pinning here."""
+        with torch.inference_mode(mode=False):
+            return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def copy(self, target: Tensor, source: Tensor, *, after: Mark) -> Mark:  # noqa: ARG002
+        """As `Device`."""
+        target.copy_(source)
+
+    def mark(self) -> Mark:
+        """As `Device`."""
+
+    def wait(self, mark: Mark) -> None:
+        """As `Device`."""
+
+    def reach(self, mark: Mark) -> None:
+        """As `Device`."""
+
+    def release(self) -> None:
+        """As `Device`."""
+
+    def reset_peak(self) -> None:
+        """As `Device`."""
+
+    def peak_bytes(self) -> int | None:
+        """As `Device`."""
+        return None
+
+    def free_bytes(self) -> int | None:
+        """As `Device`."""
+        return None
+
+
+class CudaDevice:
+    """A CUDA device: copies run on a stream of their own, and events keep the order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # Segments that grow do not fragment: what is freed at the end of a phase serves the next.
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        self._stream = torch.cuda.Stream(device)
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """As `Device`."""
+        with torch.inference_mode(mode=False):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def pin(self, num_bytes: int) -> Tensor:
+        """As `Device`; where the system pins no more, pageable memory, which copies more slowly."""
+        with torch.inference_mode(mode=False):
+            try:
+                return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:
+                return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def copy(self, target: Tensor, source: Tensor, *, after: Mark) -> Mark:
+        """As `Device`."""
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(after)
+            target.copy_(source, non_blocking=True)
+            done.record(self._stream)
+        return done
+
+    def mark(self) -> Mark:
+        """As `Device`."""
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self.device))
+        return mark
+
+    def wait(self, mark: Mark) -> None:
+        """As `Device`."""
+        torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def reach(self, mark: Mark) -> None:
+        """As `Device`."""
+        mark.synchronize()
+
+    def release(self) -> None:
+        """As `Device`."""
+        torch.cuda.empty_cache()
+
+    def reset_peak(self) -> None:
+        """As `Device`."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_bytes(self) -> int | None:
+        """As `Device`."""
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def free_bytes(self) -> int | None:
+        """As `Device`."""
+        return torch.cuda.mem_get_info(self.device)[0]

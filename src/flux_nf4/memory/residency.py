@@ -1,0 +1,342 @@
+"""Carries out a plan: every unit is on the device when it computes, and no sooner than planned.
+
+Modules ask for their unit as they are called. A unit that is kept has a buffer of its own, and is
+loaded in the background from the moment the plan is known; one that stays for the loop gets one
+when the first step comes near it. The others take turns in the slots of their phase's ring: as
+soon as the next unit is asked for, the slot of the one before is refilled, after its arithmetic.
+
+A thread of its own moves units, those of the running phase before those in the background. It
+takes a unit from pinned memory in one copy; from anywhere else through one of two staging buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import PriorityQueue
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flux_nf4.errors import FluxNF4Error
+from flux_nf4.memory.inventory import FIXED, T5_TOKENS
+from flux_nf4.nf4 import scratch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from flux_nf4.memory.contents import Contents
+    from flux_nf4.memory.device import Device, Mark
+    from flux_nf4.memory.placement import Phase, Placement, Plan
+
+NUM_READERS = 8  # threads that read from a file at once
+NUM_STAGING = 2  # one is read into while the other is copied from
+LOOKAHEAD = 6  # units of the loop that are asked for before they are needed
+OWN = -1  # in place of a slot: a buffer of its own
+_RUNNING, _BACKGROUND = 0, 1
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class _Job:
+    """One unit on its way; jobs of the running phase first, each in the order of asking."""
+
+    rank: int
+    number: int
+    unit: str = field(compare=False)
+    target: Any = field(compare=False)
+    after: Any = field(compare=False)
+    moved: Future[Mark] = field(compare=False)
+
+
+class Mover:
+    """Brings units into buffers of the device, one after the other, in a thread of its own."""
+
+    def __init__(self, device: Device, contents: Mapping[str, Contents]) -> None:
+        self._device, self._contents = device, contents
+        self._homes: dict[str, str] = {}
+        self._host: dict[str, Tensor] = {}
+        self._staging: deque[tuple[Tensor, Mark]] = deque()
+        self._readers = ThreadPoolExecutor(min(NUM_READERS, os.cpu_count() or 1))
+        self._jobs: PriorityQueue[_Job] = PriorityQueue()
+        self._numbers = itertools.count()
+        self.moved_bytes = 0
+        threading.Thread(target=_work, args=(weakref.ref(self), self._jobs), daemon=True).start()
+
+    def __del__(self) -> None:
+        """End the thread, which waits for a job."""
+        self._jobs.put(_Job(_RUNNING, -1, "", None, None, Future()))
+        self._readers.shutdown(wait=False)
+
+    def settle(self, homes: Mapping[str, str]) -> None:
+        """Learn where units live, and let go of what lives in host memory no more."""
+        self._homes = dict(homes)
+        for name in [n for n in self._host if homes[n] not in ("pinned", "pageable")]:
+            del self._host[name]
+
+    def move(self, unit: str, target: Tensor, *, background: bool = False) -> Future[Mark]:
+        """Fill a buffer with a unit, once the arithmetic asked for so far is done with it."""
+        moved: Future[Mark] = Future()
+        rank = _BACKGROUND if background else _RUNNING
+        after = self._device.mark()
+        self._jobs.put(_Job(rank, next(self._numbers), unit, target, after, moved))
+        return moved
+
+    def do(self, job: _Job) -> None:
+        """Carry out one job; what goes wrong is told to whoever waits for it."""
+        if not job.moved.set_running_or_notify_cancel():
+            return
+        try:
+            with torch.inference_mode(mode=False):
+                mark = self._moved(job)
+        except (FluxNF4Error, RuntimeError, OSError, MemoryError) as error:
+            job.moved.set_exception(error)
+        else:
+            job.moved.set_result(mark)
+
+    def _moved(self, job: _Job) -> Mark:
+        contents, home = self._contents[job.unit], self._homes.get(job.unit, "device")
+        num_bytes = contents.num_bytes
+        host = self._host.get(job.unit)
+        if host is None and home in ("pinned", "pageable"):
+            is_pinned = home == "pinned"
+            host = self._device.pin(num_bytes) if is_pinned else _pageable(num_bytes)
+            contents.fill(host, self._readers)
+            self._host[job.unit] = host
+        self.moved_bytes += num_bytes
+        target = job.target[:num_bytes]
+        if host is not None and home == "pinned":
+            return self._device.copy(target, host, after=job.after)
+        staging = self._next_staging()
+        if host is None:
+            contents.fill(staging, self._readers)
+        else:
+            staging[:num_bytes].copy_(host)
+        mark = self._device.copy(target, staging[:num_bytes], after=job.after)
+        self._staging.append((staging, mark))
+        return mark
+
+    def _next_staging(self) -> Tensor:
+        if len(self._staging) < NUM_STAGING:
+            return self._device.pin(max(each.num_bytes for each in self._contents.values()))
+        staging, mark = self._staging.popleft()
+        self._device.reach(mark)
+        return staging
+
+
+def _work(mover_ref: weakref.ref[Mover], jobs: PriorityQueue[_Job]) -> None:
+    # Between jobs the thread holds no reference, so that a model that is dropped is gone.
+    while (job := jobs.get()).unit:
+        mover = mover_ref()
+        if mover is None:
+            return
+        mover.do(job)
+        del mover, job
+
+
+def _pageable(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Running:
+    """A phase under way: its ring, what is to come, and what is on its way in order of use."""
+
+    ring: list[Tensor]
+    free: deque[int]
+    upcoming: deque[str]
+    ahead: deque[tuple[str, int, Future[Mark]]] = field(default_factory=deque)
+    views: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    loop: dict[str, Tensor] = field(default_factory=dict)
+    slot: int | None = None
+    unit: str = ""
+
+
+class Residency:
+    """The units of one model on one device.
+
+    Raises:
+        torch.OutOfMemoryError: not even what is on the device at all times has room.
+        FormatError: a file cannot be read or is damaged.
+    """
+
+    def __init__(self, device: Device, contents: Mapping[str, Contents]) -> None:
+        self.device, self._contents = device, contents
+        self._mover = Mover(device, contents)
+        self._placements: dict[str, Placement] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._pending: dict[str, Future[Mark]] = {}
+        self._running: _Running | None = None
+        self.plan: Plan | None = None
+        for each in contents.values():
+            each.take_away()
+        for place in contents[T5_TOKENS].places:
+            table = place.value(place.component.entries[place.entry_name])
+            place.put(table.to(place.outline.dtype))
+        self._hold(FIXED, background=False)
+        self.need(FIXED)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that came to the device so far."""
+        return self._mover.moved_bytes
+
+    def watch(self, unit: str, module: nn.Module) -> None:
+        """Ask for a unit whenever a module is called."""
+
+        def ask(*_: object) -> None:
+            self.need(unit)
+
+        module.register_forward_pre_hook(ask)
+
+    def adopt(self, plan: Plan) -> None:
+        """Follow another plan from now on; what it keeps begins to load.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for what is kept.
+        """
+        if plan is self.plan:
+            return
+        self.plan = plan
+        self._placements = {each.unit.name: each for each in plan.placements}
+        kept = [name for name, each in self._placements.items() if each.use == "kept"]
+        for name in self._kept.keys() - {FIXED, *kept}:
+            self._drop(name)
+        self._mover.settle({name: each.home for name, each in self._placements.items()})
+        for name in kept:
+            if name not in self._kept:
+                self._hold(name, background=True)
+
+    def forget(self) -> None:
+        """Let go of everything that could be loaded again."""
+        for name in self._kept.keys() - {FIXED}:
+            self._drop(name)
+        self.plan = None
+        scratch.release()
+        self.device.release()
+
+    @contextlib.contextmanager
+    def phase(self, name: Phase, *, num_passes: int = 1) -> Iterator[None]:
+        """Run a phase, which uses each of its units once a pass, in order.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for the ring, or for what comes into it.
+        """
+        assert self.plan is not None
+        (planned,) = (each for each in self.plan.phases if each.name == name)
+        units = [u for u in self._placements if u.partition(".")[0] in _UNITS[name]]
+        uses = {unit: self._placements[unit].use for unit in units}
+        streamed = [unit for unit in units if uses[unit] == "streamed"]
+        moving = [unit for unit in units if uses[unit] in ("streamed", "loop")]
+        ring = planned.ring
+        running = _Running(
+            ring=[],
+            free=deque(range(ring.num_slots)),
+            upcoming=deque([*moving, *(num_passes - 1) * streamed]),
+        )
+        try:
+            running.ring += (self.device.allocate(ring.slot_bytes) for _ in range(ring.num_slots))
+            self._running = running
+            self._advance(running)
+            if name == "decode":
+                self.need("vae")  # it has more than one way in
+            yield
+        finally:
+            self._running = None
+            self._finish(running)
+
+    def need(self, unit: str) -> None:
+        """Let the arithmetic that follows find a unit on the device.
+
+        Raises:
+            FormatError: its file cannot be read or is damaged.
+        """
+        running = self._running
+        if running is not None and running.unit != unit:
+            self._retire(running)
+            running.unit = unit
+            if unit not in self._kept:
+                self._take(running, unit)
+            self._advance(running)
+        moved = self._pending.pop(unit, None)
+        if moved is not None:
+            self.device.wait(moved.result())
+            self._contents[unit].derive()
+
+    def _take(self, running: _Running, unit: str) -> None:
+        if unit in running.loop and (not running.ahead or running.ahead[0][0] != unit):
+            return  # it has been there since the first step
+        expected, slot, moved = running.ahead.popleft()
+        assert expected == unit, f"{unit} was asked for before {expected}"
+        self.device.wait(moved.result())
+        contents = self._contents[unit]
+        views = running.views.get((unit, slot))
+        if views is None:
+            buffer = running.loop[unit] if slot == OWN else running.ring[slot]
+            views = running.views[unit, slot] = contents.views(buffer)
+        contents.put(views)
+        contents.derive()
+        running.slot = None if slot == OWN else slot
+
+    def _retire(self, running: _Running) -> None:
+        """The unit before is done, as far as the device was told: its slot takes another."""
+        if running.slot is not None:
+            running.free.append(running.slot)
+            running.slot = None
+
+    def _advance(self, running: _Running) -> None:
+        """Send for what comes next: into slots that are free, and a few units for the loop."""
+        while running.upcoming and len(running.ahead) < LOOKAHEAD:
+            unit = running.upcoming[0]
+            if self._placements[unit].use == "loop":
+                slot = OWN
+                target = running.loop[unit] = self.device.allocate(self._contents[unit].num_bytes)
+            elif running.free:
+                slot = running.free.popleft()
+                target = running.ring[slot]
+            else:
+                return
+            running.upcoming.popleft()
+            running.ahead.append((unit, slot, self._mover.move(unit, target)))
+
+    def _finish(self, running: _Running) -> None:
+        """Nothing of a phase is on its way any more, and no module refers to its buffers."""
+        for _, _, moved in running.ahead:
+            self._await(moved)
+        for unit in {unit for unit, _ in running.views}:
+            self._contents[unit].take_away()
+        scratch.release()
+
+    def _hold(self, unit: str, *, background: bool) -> None:
+        contents = self._contents[unit]
+        buffer = self._kept[unit] = self.device.allocate(contents.num_bytes)
+        contents.put(contents.views(buffer))
+        self._pending[unit] = self._mover.move(unit, buffer, background=background)
+
+    def _drop(self, unit: str) -> None:
+        moved = self._pending.pop(unit, None)
+        if moved is not None:
+            self._await(moved)
+        self._contents[unit].take_away()
+        del self._kept[unit]
+
+    def _await(self, moved: Future[Mark]) -> None:
+        """Let no memory go that a copy still writes to."""
+        if moved.cancel():
+            return
+        with contextlib.suppress(CancelledError, FluxNF4Error, RuntimeError, OSError, MemoryError):
+            self.device.wait(moved.result())
+
+
+_UNITS: dict[Phase, tuple[str, ...]] = {
+    "text": ("t5", "clip"),
+    "modulation": ("conditioner",),
+    "denoise": ("blocks",),
+    "decode": ("vae",),
+}

@@ -1,0 +1,87 @@
+"""Attention of the fast path: the quickest exact back end of the device, found by measuring it.
+
+Which one that is depends on the device, PyTorch's version and the shape: on an H200 cuDNN's
+reaches 655 TFLOP/s at FLUX's shapes and the flash back end 332. So the first call of a shape times
+what is there on its own inputs, some tens of milliseconds, and remembers the winner for as long as
+the process lives.
+
+Nothing is copied before it: `heads_out` makes the tensors that the kernel before writes into, and
+values may be a strided view of a product. An 8-bit attention is not here: no library that offers
+one is among the dependencies.
+
+Shape letters, in this module only:
+    B  batch    S  tokens    N  heads    D  head channels
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Those that keep no matrix of scores, which is gigabytes. The first is taken where nothing can be
+# measured, while a graph is captured.
+BACKENDS = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+)
+NUM_TIMED_CALLS = 3
+# To be tuned on a device: memory order (B, N, S, D) instead of (B, S, N, D). The latter is also
+# that of the products before and after, so a bfloat16 product reads the output without a copy.
+HEADS_FIRST = False
+
+_fastest: dict[tuple[Any, ...], SDPBackend] = {}
+
+
+def heads_out(like: Tensor, num_tokens: int, num_heads: int, head_dim: int) -> Tensor:
+    """An uninitialised (B, S, N, D) in the memory order of choice; batch and dtype of `like`."""
+    batch = like.shape[0]
+    if HEADS_FIRST:
+        return like.new_empty(batch, num_heads, num_tokens, head_dim).transpose(1, 2)
+    return like.new_empty(batch, num_tokens, num_heads, head_dim)
+
+
+def attend(q_BSND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
+    """Every token looks at every other: (B, S, N, D) three times -> (B, S, N, D)."""
+    q, k, v = (x_BSND.transpose(1, 2) for x_BSND in (q_BSND, k_BSND, v_BSND))
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel(_fastest_backend(q, k, v)):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _fastest_backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
+    # Sequences between two powers of two behave alike, and so do their strides.
+    shape_class = (q.device, q.dtype, *q.shape[:2], q.shape[2].bit_length(), q.shape[3])
+    backend = _fastest.get(shape_class)
+    if backend is None:
+        if torch.cuda.is_current_stream_capturing():
+            return BACKENDS[0]
+        milliseconds = {each: _milliseconds(each, q, k, v) for each in BACKENDS}
+        backend = min(BACKENDS, key=milliseconds.__getitem__)
+        if milliseconds[backend] == float("inf"):
+            backend = SDPBackend.MATH
+        _fastest[shape_class] = backend
+    return backend
+
+
+def _milliseconds(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """Milliseconds of some calls after a first; infinite where the back end refuses the inputs."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with warnings.catch_warnings(), sdpa_kernel(backend):
+        warnings.simplefilter("ignore")  # the reasons for which one is not available
+        try:
+            F.scaled_dot_product_attention(q, k, v)
+            start.record()
+            for _ in range(NUM_TIMED_CALLS):
+                F.scaled_dot_product_attention(q, k, v)
+            stop.record()
+        except RuntimeError:
+            return float("inf")
+    stop.synchronize()
+    return start.elapsed_time(stop)

@@ -1,0 +1,158 @@
+"""A step through the blocks with the functions of `fused` between the products: no gradients.
+
+The same layers in the same order as `blocks`, cut at other places: a block's last product is not
+added to the residual stream by the block itself but by the norm that reads the stream next, in
+one kernel. So a stream is its tokens, and an update that is still to come.
+
+Every product goes through `project`. Nothing here waits for a compiler of whole graphs.
+
+Shape letters, in this module only:
+    B  batch    L  image tokens    T  text tokens    S  T + L    H  hidden size
+    C  channels of a packed image token              M  modulation width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from flux_nf4.model import fused
+from flux_nf4.model.attention import attend, heads_out
+from flux_nf4.nf4.linear import NF4Linear
+
+if TYPE_CHECKING:
+    from flux_nf4.model.blocks import (
+        DoubleStreamBlock,
+        FluxBlocks,
+        SingleStreamBlock,
+        StreamAttention,
+    )
+    from flux_nf4.model.fused import Rows
+    from flux_nf4.nf4.eight_bit import Arithmetic
+
+
+def fast_step(
+    blocks: FluxBlocks, img_BLC: Tensor, txt_BTD: Tensor, modulation_BM: Tensor, rope_2SF: Tensor
+) -> Tensor:
+    """As `FluxBlocks.forward`; where there are no kernels for it, `FluxBlocks.plain_step`.
+
+    Measured on a CPU, the functions of `fused` are no faster in PyTorch than the plain blocks.
+    """
+    is_traced = torch.compiler.is_compiling()
+    if is_traced or fused.kernels(img_BLC.device.type) is None:
+        return blocks.plain_step(img_BLC, txt_BTD, modulation_BM, rope_2SF)
+    return fused_step(blocks, img_BLC, txt_BTD, modulation_BM, rope_2SF)
+
+
+def fused_step(
+    blocks: FluxBlocks, img_BLC: Tensor, txt_BTD: Tensor, modulation_BM: Tensor, rope_2SF: Tensor
+) -> Tensor:
+    """(B, L, C), (B, T, context), (B or 1, M), (2, S, F) -> velocity (B, L, C)."""
+    double, single, final = blocks.vectors(modulation_BM)
+    num_txt = txt_BTD.shape[1]
+    img, txt = _Stream(blocks.img_in(img_BLC)), _Stream(blocks.txt_in(txt_BTD))
+    for i, block in enumerate(blocks.double_blocks):
+        _begin(block)
+        _double(cast("DoubleStreamBlock", block), img, txt, double[i], rope_2SF)
+    joined = _Stream(torch.cat((txt.updated(), img.updated()), dim=1))
+    for i, block in enumerate(blocks.single_blocks):
+        _begin(block)
+        _single(cast("SingleStreamBlock", block), joined, single[i], rope_2SF)
+    shift_BH, scale_BH = final.chunk(2, dim=-1)
+    rows = joined.tokens(num_txt).norm_modulate(shift_BH, scale_BH, blocks.final_layer.linear)
+    return project(blocks.final_layer.linear, rows, img_BLC.dtype)
+
+
+def _begin(block: nn.Module) -> None:
+    """Call the hooks of a block that runs without being called: they may wait for its weights."""
+    for hook in block._forward_pre_hooks.values():
+        hook(block, ())
+
+
+def project(layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """A layer's product with rows in its arithmetic: (B, S, in) -> (B, S, out) `dtype`."""
+    if isinstance(rows, Tensor):
+        return layer(rows)
+    assert isinstance(layer, NF4Linear)
+    return layer.multiply(rows, dtype)
+
+
+def arithmetic_of(layer: nn.Module) -> Arithmetic:
+    """What rows for `layer` must be in."""
+    return layer.arithmetic if isinstance(layer, NF4Linear) else "bf16"
+
+
+@dataclass(slots=True)
+class _Stream:
+    """Tokens (B, S, H), and what is to be added to them: an update (B, S, H), its gate (B, H)."""
+
+    x: Tensor
+    update: tuple[Tensor, Tensor] | None = None
+
+    def norm_modulate(self, shift_BH: Tensor, scale_BH: Tensor, reader: nn.Module) -> Rows:
+        """The rows for `reader`; what was to be added now is."""
+        arithmetic = arithmetic_of(reader)
+        self.x, rows = fused.norm_modulate(self.x, shift_BH, scale_BH, arithmetic, self.update)
+        self.update = None
+        return rows
+
+    def updated(self) -> Tensor:
+        """The tokens, up to date."""
+        if self.update is not None:
+            y_BSH, gate_BH = self.update
+            self.x, self.update = torch.addcmul(self.x, gate_BH[:, None], y_BSH), None
+        return self.x
+
+    def tokens(self, start: int) -> _Stream:
+        """Those from `start` on."""
+        update = self.update and (self.update[0][:, start:], self.update[1])
+        return _Stream(self.x[:, start:], update)
+
+
+def _double(
+    block: DoubleStreamBlock, img: _Stream, txt: _Stream, modulation_B12H: Tensor, rope_2SF: Tensor
+) -> None:
+    num_txt, dtype = txt.x.shape[1], img.x.dtype
+    img_vectors, txt_vectors = (half.chunk(6, -1) for half in modulation_B12H.chunk(2, -1))
+    sides = (
+        (txt, block.txt_attn, block.txt_mlp, txt_vectors, slice(0, num_txt)),
+        (img, block.img_attn, block.img_mlp, img_vectors, slice(num_txt, None)),
+    )
+    q, k, v = (_heads_out(block.img_attn, img.x, rope_2SF.shape[1]) for _ in range(3))
+    for stream, attention, _, (shift, scale, *_), place in sides:
+        rows = stream.norm_modulate(shift, scale, attention.qkv)
+        qkv = project(attention.qkv, rows, dtype)
+        heads = q[:, place], k[:, place], v[:, place]
+        fused.norm_rotate_out(qkv, attention.norm, rope_2SF[:, place], heads)
+    mixed_BSND = attend(q, k, v)
+    for stream, attention, mlp, (_, _, gate1, shift2, scale2, gate2), place in sides:
+        rows = fused.join(mixed_BSND[:, place], None, arithmetic_of(attention.proj))
+        stream.update = project(attention.proj, rows, dtype), gate1
+        rows = stream.norm_modulate(shift2, scale2, mlp[0])
+        rows = fused.join(None, project(mlp[0], rows, dtype), arithmetic_of(mlp[2]))
+        stream.update = project(mlp[2], rows, dtype), gate2
+
+
+def _single(
+    block: SingleStreamBlock, stream: _Stream, modulation_B3H: Tensor, rope_2SF: Tensor
+) -> None:
+    shift_BH, scale_BH, gate_BH = modulation_B3H.chunk(3, dim=-1)
+    dtype, num_tokens = stream.x.dtype, stream.x.shape[1]
+    projected = project(
+        block.linear1, stream.norm_modulate(shift_BH, scale_BH, block.linear1), dtype
+    )
+    qkv, inner = projected.split(block.widths, dim=-1)
+    q, k = (_heads_out(block, stream.x, num_tokens) for _ in range(2))
+    fused.norm_rotate_out(qkv, block.norm, rope_2SF, (q, k, None))
+    v = qkv.unflatten(-1, (3, *q.shape[2:]))[:, :, 2]
+    rows = fused.join(attend(q, k, v), inner, arithmetic_of(block.linear2))
+    stream.update = project(block.linear2, rows, dtype), gate_BH
+
+
+def _heads_out(
+    owner: StreamAttention | SingleStreamBlock, x_BSH: Tensor, num_tokens: int
+) -> Tensor:
+    return heads_out(x_BSH, num_tokens, owner.num_heads, x_BSH.shape[-1] // owner.num_heads)

@@ -1,0 +1,195 @@
+"""How long a model takes, and how much memory: one request after another, as people make them.
+
+The first is drawn cold: kernels are compiled and weights arrive while it waits. Those after it are
+what is measured. A step is the time between two of the pipeline's own events, with the device's
+work done at both, so that nothing of it is left out; the first step of an image, which waits for
+what is still on its way, is not counted.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from flux_nf4.pipeline.ceilings import Ceilings, measure_ceilings, synchronize
+from flux_nf4.pipeline.events import ImageDone, StageStarted, StepDone
+from flux_nf4.pipeline.generate import generate
+from flux_nf4.pipeline.png import save_png
+from flux_nf4.pipeline.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from flux_nf4.pipeline.events import Event
+    from flux_nf4.pipeline.load import Model
+
+_LEAST_STEPS = 20  # to be measured, with as many images as that takes
+_MOST_IMAGES = 5
+_PROMPT = "a red apple on a light blue background"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """The median of some times in seconds, and where the middle three fifths of them lie."""
+
+    median: float
+    p20: float
+    p80: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPeak:
+    """Bytes on the device: of tensors, of the allocator, and of every process together."""
+
+    allocated: int
+    reserved: int
+    driver: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Drawn:
+    """What one request took, in seconds; the stages are the pipeline's, and `png`."""
+
+    total_s: float = 0.0
+    stages_s: dict[str, float] = field(default_factory=dict)
+    steps_s: list[float] = field(default_factory=list)
+    peaks: dict[str, MemoryPeak] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What drawing takes: the first request after loading, and those after it.
+
+    `step` is of `batch_size` images at once. `share` is how much of it the device would need at
+    its own measured best for the products and the attention alone.
+    """
+
+    batch_size: int
+    first: Drawn
+    warm: Drawn
+    step: Spread
+    ceilings: Ceilings
+    share: float
+
+
+def spread(seconds: Sequence[float]) -> Spread:
+    """Median and percentiles, between two values in proportion: of `[1, 2]` the median is 1.5."""
+    several = [*seconds, *seconds[:1]] if len(seconds) == 1 else seconds
+    fifths = statistics.quantiles(several, n=5, method="inclusive")
+    return Spread(
+        median=statistics.median(seconds), p20=fifths[0], p80=fifths[3], count=len(seconds)
+    )
+
+
+def measure_drawing(
+    model: Model,
+    *,
+    size: tuple[int, int],
+    num_steps: int,
+    batch_size: int = 1,
+    on_event: Callable[[Event], None] = lambda _: None,
+) -> Measurement:
+    """Draw until the spread is known, `batch_size` images at once.
+
+    Raises:
+        DoesNotFitError, NumericalError: as `generate`.
+    """
+
+    def request(number: int) -> GenerationRequest:
+        # Each prompt is new: text encoders are not asked twice for the same one.
+        return GenerationRequest(
+            prompt=f"{_PROMPT}, picture {number}",
+            width=size[0],
+            height=size[1],
+            num_inference_steps=num_steps,
+            num_images=batch_size,
+            batch_size=batch_size,
+        )
+
+    first = draw(model, request(0), on_event)
+    warm = [draw(model, request(1), on_event)]
+    while len(_warm_steps(warm)) < _LEAST_STEPS and len(warm) < _MOST_IMAGES:
+        warm.append(draw(model, request(len(warm) + 1), on_event))
+    step = spread(_warm_steps(warm))
+    at_once = min(batch_size, model.memory.batch_size or batch_size)
+    ceilings = measure_ceilings(
+        model.transformer.blocks,
+        size=size,
+        num_text_tokens=model.facts.max_sequence_length,
+        batch_size=at_once,
+        device=model.device,
+        dtype=model.dtype,
+        arithmetic=model.arithmetic,
+    )
+    return Measurement(
+        batch_size=at_once,
+        first=first,
+        warm=min(warm, key=lambda drawn: drawn.total_s),
+        step=step,
+        ceilings=ceilings,
+        share=ceilings.step_s / step.median,
+    )
+
+
+def draw(
+    model: Model, request: GenerationRequest, on_event: Callable[[Event], None] = lambda _: None
+) -> Drawn:
+    """Draw a request up to the bytes of its PNG files, and watch the clock.
+
+    Raises:
+        DoesNotFitError, NumericalError: as `generate`.
+    """
+    drawn, stage = Drawn(), "prepare"
+    began_s = since_s = time.perf_counter()
+    _reset_peak(model.device)
+
+    def lap() -> float:
+        nonlocal since_s
+        synchronize(model.device)
+        lap_s, since_s = time.perf_counter() - since_s, time.perf_counter()
+        return lap_s
+
+    def end_stage(name: str) -> None:
+        drawn.stages_s[stage] = drawn.stages_s.get(stage, 0.0) + lap()
+        if model.device.type == "cuda":
+            drawn.peaks[stage] = _peak(model.device)
+            _reset_peak(model.device)
+
+    for event in generate(model, request):
+        if isinstance(event, StageStarted):
+            end_stage(stage)
+            stage = event.stage
+        elif isinstance(event, StepDone):
+            drawn.steps_s.append(lap())
+            drawn.stages_s[stage] = drawn.stages_s.get(stage, 0.0) + drawn.steps_s[-1]
+        elif isinstance(event, ImageDone):
+            end_stage(stage)
+            stage = "png"
+            save_png(io.BytesIO(), event.image, {})
+            end_stage(stage)
+        on_event(event)
+    drawn.total_s = time.perf_counter() - began_s
+    return drawn
+
+
+def _warm_steps(drawn: Sequence[Drawn]) -> list[float]:
+    return [step_s for each in drawn for step_s in each.steps_s[1:] or each.steps_s]
+
+
+def _peak(device: torch.device) -> MemoryPeak:
+    free, total = torch.cuda.mem_get_info(device)
+    return MemoryPeak(
+        allocated=torch.cuda.max_memory_allocated(device),
+        reserved=torch.cuda.max_memory_reserved(device),
+        driver=total - free,
+    )
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

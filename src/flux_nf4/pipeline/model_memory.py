@@ -1,0 +1,250 @@
+"""A model's memory: a plan for each request, carried out; and what is done when it runs out.
+
+On a CPU everything is in main memory as it is, and nothing here has anything to do but to remember
+what text encoders made of the last prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from flux_nf4.errors import DoesNotFitError
+from flux_nf4.memory.activations import Workload
+from flux_nf4.memory.budget import CONTEXT_BYTES, DESKTOP_BYTES, SLACK_BYTES, Budget
+from flux_nf4.memory.checkpoint_inventory import component_entries
+from flux_nf4.memory.contents import take_contents, weigh
+from flux_nf4.memory.device import CudaDevice, PlainDevice
+from flux_nf4.memory.inventory import Inventory, take_inventory
+from flux_nf4.memory.plan import largest_size, make_plan, smallest_budget
+from flux_nf4.memory.residency import Residency
+from flux_nf4.pipeline.events import Notice
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from flux_nf4.formats.component import Component, ComponentKind
+    from flux_nf4.memory.device import Device
+    from flux_nf4.memory.placement import Phase, Plan
+    from flux_nf4.pipeline.conditioning import Text
+
+    Parts = Mapping[ComponentKind, tuple[nn.Module, Component]]
+
+MAX_TEXTS = 32  # prompts whose embeddings are remembered, of 4 MB each for FLUX.1-dev
+PEAK_TOLERANCE = 0.1
+_SHRINK = 3 / 4  # of what a plan has above the least that the next smaller one may have
+
+Result = TypeVar("Result")
+
+
+def managed_device(device: torch.device, vram: int | None) -> Device | None:
+    """Who manages memory on a device; None where everything stays where it is loaded."""
+    if device.type == "cuda":
+        return CudaDevice(device)
+    return None if device.type == "cpu" or vram is None else PlainDevice(device)
+
+
+class TextCache:
+    """What the encoders made of the last prompts, in main memory, the oldest forgotten first."""
+
+    def __init__(self) -> None:
+        self._texts: OrderedDict[tuple[object, ...], list[Text]] = OrderedDict()
+
+    def get(self, key: tuple[object, ...], encode: Callable[[], list[Text]]) -> list[Text]:
+        """The texts under `key`, encoded if they are not known."""
+        texts = self._texts.get(key)
+        if texts is None:
+            texts = self._texts[key] = encode()
+            if len(self._texts) > MAX_TEXTS:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(key)
+        return texts
+
+
+class ModelMemory:
+    """Where a model's networks are; without a residency all of them are where they compute."""
+
+    def __init__(
+        self,
+        residency: Residency | None = None,
+        inventory: Inventory | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        self.texts = TextCache()
+        self.residency = residency
+        self.inventory, self._budget = inventory, budget
+        self._workload: Workload | None = None
+        self._phases: set[Phase] = set()
+        self._was_least = False
+        self.plan: Plan | None = None
+
+    @property
+    def batch_size(self) -> int | None:
+        """The most images at once that the plan allows; None: as many as are asked for."""
+        return None if self.plan is None else self.plan.batch_size
+
+    def begin(self, workload: Workload) -> None:
+        """Plan for what is to be drawn, and begin to load what stays.
+
+        Raises:
+            DoesNotFitError: no plan fits.
+        """
+        if self.residency is None or self.inventory is None or self._budget is None:
+            return
+        if workload != self._workload or self.plan is None:
+            self._workload = workload
+            self.plan = make_plan(self.inventory, workload, self._budget)
+        self._phases.clear()
+        self._was_least = False
+        self.residency.device.reset_peak()
+        self.residency.adopt(self.plan)
+
+    @contextlib.contextmanager
+    def phase(self, name: Phase, *, num_passes: int = 1) -> Iterator[None]:
+        """The networks of a phase are there when they are called, each once a pass, in order."""
+        if self.residency is None or self.plan is None:
+            yield
+            return
+        self._phases.add(name)
+        self.residency.adopt(self.plan)
+        with self.residency.phase(name, num_passes=num_passes):
+            yield
+
+    def shrink(self) -> str:
+        """Let everything go and plan for less than what has just run out -> what to tell about it.
+
+        Where the plan was the least already, it is tried once more with caches released.
+
+        Raises:
+            DoesNotFitError: there is no smaller plan.
+        """
+        if self.residency is None or self.inventory is None or self._budget is None:
+            raise DoesNotFitError(
+                "the device has no memory left", hint="draw a smaller image, or fewer at once"
+            )
+        assert self._workload is not None
+        context_bytes = self._budget.context_bytes
+        least = smallest_budget(self.inventory, self._workload, context_bytes=context_bytes)
+        peak_bytes = self._budget.device_bytes if self.plan is None else self.plan.peak_bytes
+        self.residency.forget()
+        free_bytes = self.residency.device.free_bytes()
+        if peak_bytes <= least:
+            if self._was_least:
+                raise self._nothing_left(least, free_bytes)
+            self._was_least = True
+        device_bytes = least + int(_SHRINK * max(0, peak_bytes - least))
+        if free_bytes is not None:
+            device_bytes = max(least, min(device_bytes, free_bytes + context_bytes))
+        self._budget = replace(self._budget, device_bytes=device_bytes)
+        self.plan = make_plan(self.inventory, self._workload, self._budget)
+        return (
+            f"the device ran out of memory: going on within {self.plan.peak_bytes / 2**30:.2f} "
+            f"GiB, with {self.plan.step_bytes / 2**30:.2f} GiB loaded in every step"
+        )
+
+    def _nothing_left(self, least: int, free_bytes: int | None) -> DoesNotFitError:
+        assert self.inventory is not None
+        assert self._workload is not None
+        hint = "close what else uses the device"
+        if free_bytes is not None:
+            budget = Budget(device_bytes=free_bytes, context_bytes=0)
+            size = largest_size(self.inventory, self._workload, budget)
+            hint += f", or draw {size.width} x {size.height}, the largest that fits" if size else ""
+        return DoesNotFitError(
+            f"the device ran out of memory within {least / 2**30:.2f} GiB, the least that "
+            f"{self.inventory.name} takes at {self._workload.width} x {self._workload.height}",
+            hint=hint,
+        )
+
+    def surprise(self) -> str | None:
+        """What to tell where the image took clearly more than its plan; None where it did not."""
+        if self.residency is None or self.plan is None:
+            return None
+        peak_bytes = self.residency.device.peak_bytes()
+        planned = max(
+            (phase.peak_bytes for phase in self.plan.phases if phase.name in self._phases),
+            default=self.plan.peak_bytes,
+        )
+        planned -= self.plan.budget.context_bytes
+        if peak_bytes is None or peak_bytes <= max(
+            (1 + PEAK_TOLERANCE) * planned, planned + SLACK_BYTES
+        ):
+            return None
+        return (
+            f"device memory peaked at {peak_bytes / 2**30:.2f} GiB, and {planned / 2**30:.2f} GiB "
+            "was planned"
+        )
+
+
+def manage(
+    parts: Parts,
+    device: Device,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    vram: int | None,
+    ram: int | None,
+) -> ModelMemory:
+    """Take modules that were built on meta under management.
+
+    `vram` is the device memory of the whole process in bytes; None: what is free, less some for
+    the desktop. `ram` is the main memory that weights may take; None: as much as they need.
+
+    Raises:
+        DoesNotFitError: there is no room even for what is always there.
+        FormatError: a file cannot be read or is damaged.
+    """
+    components = {kind: component for kind, (_, component) in parts.items()}
+    contents = take_contents(parts)
+    entries = component_entries(components)
+    inventory = take_inventory(name, entries, compute_bytes=dtype.itemsize)
+    free_bytes = device.free_bytes()
+    if vram is not None:
+        budget = Budget(device_bytes=vram, context_bytes=CONTEXT_BYTES, host_bytes=ram)
+    else:
+        assert free_bytes is not None
+        budget = Budget(device_bytes=free_bytes - DESKTOP_BYTES, context_bytes=0, host_bytes=ram)
+    try:
+        residency = Residency(device, contents)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"the device has no room for {name}", hint="close what else uses it"
+        ) from error
+    _watch(residency, {kind: module for kind, (module, _) in parts.items()})
+    return ModelMemory(residency, weigh(inventory, contents), budget)
+
+
+def _watch(residency: Residency, modules: Mapping[ComponentKind, Any]) -> None:
+    """Let units be asked for as they are used; for the VAE, with two ways in, its phase asks."""
+    blocks, conditioner = modules["transformer"].blocks, modules["transformer"].conditioner
+    for kind in ("double", "single"):
+        for prefix, owner in (("blocks", blocks), ("conditioner", conditioner)):
+            for i, layer in enumerate(getattr(owner, f"{kind}_blocks")):
+                residency.watch(f"{prefix}.{kind}.{i}", layer)
+    for embedder in (conditioner.time_in, conditioner.vector_in, conditioner.guidance_in):
+        if embedder is not None:
+            residency.watch("conditioner.embedders", embedder)
+    residency.watch("conditioner.final", conditioner.final_layer)
+    for i, layer in enumerate(modules["t5"].model.encoder.block):
+        residency.watch(f"t5.{i}", layer)
+    residency.watch("clip", modules["clip"])
+
+
+def attempt(memory: ModelMemory, compute: Callable[[], Result]) -> Generator[Notice, None, Result]:
+    """`compute()`, once more within a smaller plan each time that memory runs out.
+
+    Raises:
+        DoesNotFitError: there is no smaller plan.
+    """
+    while True:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return compute()
+        # Only here, without the error, is the memory free that its traceback held.
+        yield Notice(message=memory.shrink())

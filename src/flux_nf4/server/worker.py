@@ -1,0 +1,313 @@
+"""A worker process: one model on one device, told what to do in frames on standard input.
+
+It answers in frames on what was its standard output; everything that libraries print there goes to
+standard error. It ends with its parent, however that ends. What it says, by `kind`:
+
+    hello    device, num_devices           before the model is loaded
+    loading  stage                         a sign of life
+    ready    capabilities
+    unloadable  error                      the model cannot be loaded; the process ends
+    stage    job, stage                    a sign of life, as is every frame of a job
+    step     job, step, num_steps, preview (its width and height; the pixels are shared), or null
+    notice   job, message
+    image    job, index, seed, width, height   the RGB pixels are shared
+    done, cancelled, failed   job, and for the last: error
+
+and what it is told: `settings` (first of all), `job`, `cancel`, and `taken` (the shared pixels are
+copied).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import traceback
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from flux_nf4.errors import (
+    Cancelled,
+    DoesNotFitError,
+    FluxNF4Error,
+    FormatError,
+    InputError,
+    NumericalError,
+)
+from flux_nf4.pipeline.image_file import decode_image
+from flux_nf4.pipeline.limits import MIN_SIZE
+from flux_nf4.pipeline.request import GenerationRequest
+from flux_nf4.server.frames import pack_frame, put_shared, read_frame, take_shared
+from flux_nf4.server.jobs import JobSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from PIL.Image import Image
+
+    from flux_nf4.pipeline.events import Event
+    from flux_nf4.pipeline.load import Model
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SCHNELL_STEPS, _DEFAULT_STEPS = 4, 20
+_OUT_OF_MEMORY_HINT = "try a smaller size, or the same again when the device is less busy"
+# What a library raises when one job's values do not suit it. The job fails, the worker goes on.
+_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class Parent:
+    """The other end of the pipes."""
+
+    def __init__(self) -> None:
+        self._input = os.fdopen(_moved_away(0, os.open(os.devnull, os.O_RDONLY)), "rb")
+        self._output = os.fdopen(_moved_away(1, os.dup(2)), "wb", buffering=0)
+        self._taken = threading.Event()
+        self._taken.set()
+        self.cancelled: set[str] = set()
+        self.orders: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self.settings = read_frame(self._input) or _end()
+        self.shared: int = self.settings["shared_memory"]
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def send(self, kind: str, **values: Any) -> None:
+        """Tell the parent; the process ends where there is none."""
+        rest = memoryview(pack_frame({"kind": kind} | values))
+        try:
+            while rest:
+                rest = rest[self._output.write(rest) or 0 :]
+        except BrokenPipeError:
+            _end()
+
+    def send_image(self, kind: str, image: Image, **values: Any) -> None:
+        """Tell the parent, with an image beside; waits until the one before was taken."""
+        self._taken.wait()
+        self._taken.clear()
+        put_shared(self.shared, [image.convert("RGB").tobytes()])
+        size = {"width": image.width, "height": image.height}
+        self.send(kind, **values | ({"preview": size} if kind == "step" else size))
+
+    def _listen(self) -> None:
+        while (frame := read_frame(self._input)) is not None:
+            match frame["kind"]:
+                case "cancel":
+                    self.cancelled.add(frame["job"])
+                case "taken":
+                    self._taken.set()
+                case _:
+                    self.orders.put(frame)
+        _end()
+
+
+def _moved_away(descriptor: int, replacement: int) -> int:
+    """Where a descriptor's file can be reached from now on; in its place is the replacement's."""
+    moved = os.dup(descriptor)
+    os.dup2(replacement, descriptor)
+    os.close(replacement)
+    return moved
+
+
+def _end() -> Any:
+    # Not `sys.exit`: the main thread may be inside a step of several seconds.
+    os._exit(0)
+
+
+def main() -> int:
+    """Serve until the parent goes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = Parent()
+    parent.send("loading", stage="libraries")
+    try:
+        worker = Worker(parent)
+    except FluxNF4Error as error:
+        parent.send("unloadable", error=describe(error) | {"class": type(error).__name__})
+        return 1
+    while True:
+        worker.serve(parent.orders.get())
+
+
+class Worker:
+    """A loaded model, and the jobs it draws.
+
+    Raises:
+        FluxNF4Error: the model cannot be loaded.
+    """
+
+    def __init__(self, parent: Parent) -> None:
+        import torch
+
+        from flux_nf4.pipeline.load import LoadSettings, load_model, resolve_device
+
+        self.parent = parent
+        self.default_threads = torch.get_num_threads()
+        wish = parent.settings["device"]
+        device = resolve_device("auto" if wish == "all" else wish)
+        num_devices = 1
+        if device.type == "cuda":
+            num_devices = torch.cuda.device_count()
+            device = torch.device("cuda", device.index or 0)
+            torch.cuda.set_device(device)
+        parent.send("hello", device=str(device), num_devices=num_devices)
+        parent.send("loading", stage="weights")
+        path = parent.settings["model"]
+        self.model = load_model(
+            path,
+            LoadSettings(
+                device=str(device), vram=parent.settings.get("vram"), ram=parent.settings.get("ram")
+            ),
+        )
+        parent.send("loading", stage="warm-up")
+        self._warm_up()
+        parent.send("ready", capabilities=capabilities(self.model, is_demo=path is None))
+
+    def serve(self, order: dict[str, Any]) -> None:
+        """Draw one job's images; whatever it comes to, the parent is told."""
+        job_id = order["job"]
+        failure = None
+        try:
+            self._draw(job_id, self._request(order))
+        except Cancelled:
+            self.parent.send("cancelled", job=job_id)
+        except (FluxNF4Error, *_FAULTS) as error:
+            failure = describe(error)
+            if failure["status"] >= 500:
+                traceback.print_exc()
+        else:
+            self.parent.send("done", job=job_id)
+        self.parent.cancelled.discard(job_id)
+        # Only here, without the error, is the memory free that its traceback held.
+        if failure is not None:
+            self._fail(job_id, failure)
+
+    def _fail(self, job_id: str, failure: dict[str, Any]) -> None:
+        is_sound = self._is_sound()
+        if is_sound or failure["code"] == "out_of_memory":
+            self.parent.send("failed", job=job_id, error=failure)
+        if not is_sound:
+            os._exit(1)  # the next worker gets a device that works, and the job if need be
+
+    def _request(self, order: dict[str, Any]) -> GenerationRequest:
+        images: dict[str, Image] = {}
+        offset = 0
+        for name, size_bytes in order["uploads"].items():
+            data = take_shared(self.parent.shared, size_bytes, offset)
+            images[name] = decode_image(data, f"the {name.replace('_', ' ')}")
+            offset += size_bytes
+        return JobSpec.from_dict(order["spec"]).to_request(**images)
+
+    def _draw(self, job_id: str, request: GenerationRequest) -> None:
+        from flux_nf4.pipeline import events
+
+        for event in self._events(request, job_id):
+            match event:
+                case events.StageStarted():
+                    self.parent.send("stage", job=job_id, stage=event.stage)
+                case events.StepDone():
+                    values = {"job": job_id, "step": event.step, "num_steps": event.num_steps}
+                    if event.preview is None:
+                        self.parent.send("step", **values, preview=None)
+                    else:
+                        self.parent.send_image("step", event.preview, **values)
+                case events.Notice():
+                    self.parent.send("notice", job=job_id, message=event.message)
+                case events.ImageDone():
+                    values = {"job": job_id, "index": event.index, "seed": event.seed}
+                    self.parent.send_image("image", event.image, **values)
+
+    def _events(self, request: GenerationRequest, job_id: str) -> Iterator[Event]:
+        import torch
+
+        from flux_nf4.pipeline.generate import generate
+        from flux_nf4.pipeline.threads import suited_num_threads
+
+        width, height = request.width, request.height
+        otherwise = self.default_threads
+        torch.set_num_threads(suited_num_threads(self.model, width, height, otherwise=otherwise))
+        return generate(self.model, request, is_cancelled=lambda: job_id in self.parent.cancelled)
+
+    def _warm_up(self) -> None:
+        """Draw one step, so that the first job does not wait for kernels and imports."""
+        is_gpu = self.model.device.type == "cuda"
+        size = self.model.facts.default_size if is_gpu else MIN_SIZE
+        request = GenerationRequest(prompt="", width=size, height=size, num_inference_steps=1)
+        for _ in self._events(request, job_id=""):
+            self.parent.send("loading", stage="warm-up")
+
+    def _is_sound(self) -> bool:
+        """Whether the device still answers; after some errors CUDA never does again."""
+        import torch
+
+        if self.model.device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+        return True
+
+
+def capabilities(model: Model, *, is_demo: bool) -> dict[str, Any]:
+    """What the parent should know of a model: the fields of `Capabilities`."""
+    return {
+        "model": model.facts.name,
+        "variant": model.variant,
+        "quantization": model.quantization,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "default_width": model.facts.default_size,
+        "default_height": model.facts.default_size,
+        "default_steps": _SCHNELL_STEPS if model.variant == "schnell" else _DEFAULT_STEPS,
+        "embeds_guidance": model.embeds_guidance,
+        "max_sequence_length": model.facts.max_sequence_length,
+        "licence": model.facts.licence,
+        "is_demo": is_demo,
+    }
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """The fields of `JobError` that tell a client of an error."""
+    if _is_out_of_memory(error):
+        first_line = str(error).partition("\n")[0]
+        hint = getattr(error, "hint", None) or _OUT_OF_MEMORY_HINT
+        return _failure(f"out of memory: {first_line}", hint, "out_of_memory", 503)
+    if not isinstance(error, FluxNF4Error):
+        message = f"drawing failed: {type(error).__name__}: {error}"
+        return _failure(message, "see the log of the server", "internal_error", 500)
+    code, status = "internal_error", 500
+    if isinstance(error, InputError | FormatError):
+        code, status = "invalid_request", 400
+    elif isinstance(error, NumericalError):
+        code = "numerical_error"
+    return _failure(error.message, error.hint, code, status)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    if isinstance(error, DoesNotFitError | MemoryError | torch.OutOfMemoryError):
+        return True
+    # On a CPU it has no class of its own.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _failure(message: str, hint: str | None, code: str, status: int) -> dict[str, Any]:
+    return {"message": message, "hint": hint, "code": code, "status": status}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Models on a fake device: what they are asked, what they draw, and the budgets to try."""
+
+from fake_device import Counting, FakeDevice
+
+from flux_nf4.memory.plan import smallest_budget
+from flux_nf4.pipeline.events import ImageDone, Notice
+from flux_nf4.pipeline.generate import GenerationRequest, generate, workload_of
+
+PLENTY = 2**40
+
+
+def wish(prompt="a red cat", **values):
+    values = {
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 2,
+        "max_sequence_length": 8,
+        "seed": 3,
+    } | values
+    return GenerationRequest(prompt=prompt, **values)
+
+
+def draw(model, request):
+    """The pixels of a request's images, and what was said."""
+    device = model.memory.residency and model.memory.residency.device
+    with Counting(device or FakeDevice()):
+        events = list(generate(model, request))
+    images = [event.image.tobytes() for event in events if isinstance(event, ImageDone)]
+    return images, [event.message for event in events if isinstance(event, Notice)]
+
+
+def budgets(model, request, count=6):
+    """From the least that does to what keeps everything."""
+    inventory, workload = model.memory.inventory, workload_of(model, request)
+    least = smallest_budget(inventory, workload)
+    everything = sum(
+        unit.num_bytes
+        for unit in (
+            *inventory.t5,
+            inventory.clip,
+            *inventory.conditioner,
+            *inventory.blocks,
+            inventory.vae,
+        )
+    )
+    return [least + everything * i // (count - 1) for i in range(count)]

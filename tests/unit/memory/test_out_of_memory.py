@@ -1,0 +1,127 @@
+"""Memory that runs out, at every moment at which it can: the image comes all the same."""
+
+import pytest
+import torch
+from fake_device import FakeDevice
+from managed_models import budgets, draw, wish
+
+from flux_nf4.errors import DoesNotFitError
+from flux_nf4.pipeline.load import LoadSettings, load_model
+
+NOTICE = "the device ran out of memory: going on within "
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return draw(load_model(folder, LoadSettings(device="cpu", dtype=torch.float32)), wish())[0]
+
+
+class Buffers(FakeDevice):
+    """Counts only what is allocated as a buffer."""
+
+    def allocate(self, num_bytes):
+        self.is_buffer = True
+        try:
+            return super().allocate(num_bytes)
+        finally:
+            self.is_buffer = False
+
+    def count(self, tensor):
+        if self.is_buffer:
+            super().count(tensor)
+
+
+def num_allocations(open_on, kind, budget):
+    device = kind()
+    draw(open_on(device, budget), wish())
+    return device.num_allocations
+
+
+@pytest.mark.parametrize("share", [0, 2, 5], ids=["streamed", "mixed", "kept"])
+def test_whichever_buffer_finds_no_room_the_image_comes(open_on, expected, share):
+    budget = budgets(open_on(FakeDevice()), wish())[share]
+    fixed = 1  # the first is what is on the device at all times: without it nothing can be done
+    for number in range(fixed, num_allocations(open_on, Buffers, budget)):
+        device = Buffers(failing=[number])
+        model = open_on(device, budget)
+        images, notices = draw(model, wish())
+
+        assert images == expected
+        (said,) = (*notices, *model.notes)
+        assert said.startswith(NOTICE)
+
+
+@pytest.mark.parametrize("share", [0, 5], ids=["streamed", "kept"])
+def test_whatever_computation_finds_no_room_the_image_comes(open_on, expected, share):
+    budget = budgets(open_on(FakeDevice()), wish())[share]
+    total = num_allocations(open_on, FakeDevice, budget)
+    # Every stage has hundreds of them: a few of each, in steps that hit others in every pass.
+    for number in range(5, total, total // 13):
+        images, notices = draw(open_on(FakeDevice(failing=[number]), budget), wish())
+
+        assert images == expected
+        assert all(notice.startswith(NOTICE) for notice in notices)
+
+
+def test_memory_that_another_program_takes_is_given_up(open_on, expected):
+    tried = budgets(open_on(FakeDevice()), wish())
+    device = FakeDevice()
+    model = open_on(device, tried[-1])
+    draw(model, wish("a dog"))
+    kept = model.memory.plan
+    device.limit = device.peak // 2
+    images, notices = draw(model, wish())
+
+    assert images == expected
+    assert [notice.startswith(NOTICE) for notice in notices] == [True] * len(notices) != []
+    assert model.memory.plan.peak_bytes < kept.peak_bytes
+    assert draw(model, wish()) == (expected, [])  # and what was learnt stays
+
+
+def test_images_at_once_become_fewer_where_they_do_not_fit(open_on):
+    alone, four = (
+        wish(width=192, height=192),
+        wish(width=192, height=192, num_images=4, batch_size=4),
+    )
+    device = FakeDevice()
+    draw(open_on(device, budgets(open_on(FakeDevice()), alone)[0]), alone)
+    enough_for_one = int(1.2 * device.peak)
+    device = FakeDevice()
+    model = open_on(device)
+    device.limit = max(enough_for_one, device.alive)
+    images, notices = draw(model, four)
+
+    assert notices
+    assert model.memory.batch_size < 4
+    assert len(images) == 4
+
+
+def test_where_nothing_is_left_it_is_said(open_on):
+    budget = budgets(open_on(FakeDevice()), wish())[0]
+    device = FakeDevice()
+    model = open_on(device, budget)
+    device.limit = device.alive + 10_000
+
+    with pytest.raises(DoesNotFitError, match=r"ran out of memory within .* at 64 x 64"):
+        draw(model, wish())
+
+
+def test_a_budget_that_no_plan_fits_is_refused_with_what_would(open_on):
+    budget = budgets(open_on(FakeDevice()), wish())[0]
+
+    with pytest.raises(DoesNotFitError, match="needs 580 MiB") as raised:
+        draw(open_on(FakeDevice(), budget - 2**20), wish())
+    assert raised.value.hint.startswith("allow 580MiB")
+
+
+def test_a_device_without_room_for_what_is_always_there_is_refused(open_on):
+    with pytest.raises(DoesNotFitError, match="no room for"):
+        open_on(FakeDevice(limit=1000))
+
+
+def test_a_peak_above_the_plan_is_told(open_on, monkeypatch):
+    model = open_on(FakeDevice(), budgets(open_on(FakeDevice()), wish())[0])
+    monkeypatch.setattr(FakeDevice, "peak_bytes", lambda _self: 2**30)
+    _, notices = draw(model, wish())
+
+    assert notices == ["device memory peaked at 1.00 GiB, and 0.07 GiB was planned"]

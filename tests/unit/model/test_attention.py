@@ -1,0 +1,66 @@
+"""The choice of an attention back end, without a GPU: what is measured is told by the test."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from flux_nf4.model import attention
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Milliseconds by back end, and the calls that asked for them."""
+    times, calls = dict.fromkeys(attention.BACKENDS, 1.0), []
+    monkeypatch.setattr(attention, "_fastest", {})
+    monkeypatch.setattr(attention.torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def milliseconds(backend, q, k, v):
+        calls.append(backend)
+        return times[backend]
+
+    monkeypatch.setattr(attention, "_milliseconds", milliseconds)
+    return times, calls
+
+
+def choose(num_tokens=5):
+    return attention._fastest_backend(*torch.zeros(3, 1, 2, num_tokens, 64))
+
+
+def test_the_fastest_back_end_is_taken(measured):
+    measured[0][SDPBackend.FLASH_ATTENTION] = 0.5
+    assert choose() == SDPBackend.FLASH_ATTENTION
+
+
+def test_of_equals_the_first_is_taken(measured):
+    assert choose() == SDPBackend.CUDNN_ATTENTION
+
+
+def test_a_shape_is_measured_once(measured):
+    choose()
+    choose()
+    assert measured[1] == list(attention.BACKENDS)
+
+
+def test_another_order_of_magnitude_is_measured_again(measured):
+    choose()
+    choose(4096)
+    assert len(measured[1]) == 2 * len(attention.BACKENDS)
+
+
+def test_the_plain_formula_is_left_where_every_back_end_refuses(measured):
+    measured[0].update(dict.fromkeys(attention.BACKENDS, float("inf")))
+    assert choose() == SDPBackend.MATH
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(measured, monkeypatch):
+    monkeypatch.setattr(attention.torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose() == attention.BACKENDS[0]
+    assert measured[1] == []
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_heads_lie_in_the_order_of_choice(monkeypatch, heads_first):
+    monkeypatch.setattr(attention, "HEADS_FIRST", heads_first)
+    out = attention.heads_out(torch.zeros(2, 1), 5, 3, 64)
+    assert out.shape == (2, 5, 3, 64)
+    assert out.transpose(1, 2).is_contiguous() == heads_first

@@ -1,0 +1,120 @@
+"""The fused kernels without a GPU: values by Triton's interpreter, code by its compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, compile_for
+
+from flux_nf4.model import fused, fused_kernels
+from flux_nf4.model.blocks import EPSILON
+
+TESTS = Path(__file__).parents[2]
+# FLUX.1's sizes: width, padded, and the inner width of an MLP.
+HIDDEN, PADDED, INNER = 3072, 4096, 12288
+# What rows are in: Triton's name and the largest value of a unit.
+OUTPUTS = {"bf16": 0.0, "i8": 127.0, "fp8e4nv": 448.0}
+
+every_target = pytest.mark.parametrize(
+    ("capability", "out"),
+    [
+        (capability, out)
+        for capability in CAPABILITIES
+        for out in OUTPUTS
+        if out != "fp8e4nv" or capability in FP8_CAPABILITIES
+    ],
+)
+
+
+def integers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+def bfloat16(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "*bf16")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def test_interpreted_kernels_equal_the_same_in_pytorch_and_draw_the_same_images() -> None:
+    script = Path(__file__).with_name("interpreted_fused.py")
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@every_target
+def test_norm_compiles(capability: int, out: str) -> None:
+    signature = bfloat16("x_BSH", "y_BSH", "gate_BH", "shift_BH", "scale_BH")
+    signature |= {"out_BSH": f"*{out}", "scale_out": "*fp32"}
+    signature |= integers("num_tokens", "x_batch", "x_token", "y_batch", "y_token")
+    signature |= integers("gate_batch", "vector_batch")
+    constants = {
+        "EPSILON": EPSILON,
+        "HAS_UPDATE": True,
+        "LARGEST": OUTPUTS[out],
+        "WIDTH": HIDDEN,
+        "SIZE": PADDED,
+    }
+    warps = fused_kernels.NORM_WARPS
+    kernel = fused_kernels._norm_kernel
+    assert compile_for(capability, kernel, signature, constants, num_warps=warps)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_rotation_compiles(capability: int) -> None:
+    signature = bfloat16("qkv_BSX", "q_out", "k_out", "v_out")
+    signature |= dict.fromkeys(("q_scale_D", "k_scale_D", "cos_SF", "sin_SF"), "*fp32")
+    signature |= integers("num_tokens", "qkv_batch", "qkv_token")
+    signature |= integers(*(f"{x}_{step}" for x in "qkv" for step in ("batch", "token", "head")))
+    constants = {"EPSILON": EPSILON, "N": 24, "D": 128, "N_SIZE": 32, "D_SIZE": 128}
+    warps = fused_kernels.ROTATE_WARPS
+    kernel = fused_kernels._rotate_kernel
+    assert compile_for(capability, kernel, signature, constants, num_warps=warps)
+
+
+@every_target
+def test_join_compiles(capability: int, out: str) -> None:
+    signature = bfloat16("attended_BSND", "inner_BSX") | {"out": f"*{out}", "scale_out": "*fp32"}
+    signature |= integers("num_tokens", "a_batch", "a_token", "a_head", "inner_batch")
+    signature |= integers("inner_token")
+    constants = {
+        "LARGEST": OUTPUTS[out],
+        "D": 128,
+        "A_WIDTH": HIDDEN,
+        "A_SIZE": PADDED,
+        "X_WIDTH": INNER,
+        "X_SIZE": 16384,
+    }
+    warps = fused_kernels.join_warps(PADDED, 16384)
+    kernel = fused_kernels._join_kernel
+    assert compile_for(capability, kernel, signature, constants, num_warps=warps)
+
+
+def test_cuda_without_triton_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
+    assert fused.kernels.__wrapped__("cuda") is None
+
+
+def test_cuda_with_triton_has_kernels() -> None:
+    assert fused.kernels.__wrapped__("cuda") is fused_kernels
+
+
+def test_the_cpu_has_no_kernels() -> None:
+    assert fused.kernels("cpu") is None
+
+
+def test_join_in_bf16_of_attention_alone_copies_nothing() -> None:
+    attended = torch.zeros(1, 4, 2, 64)
+    assert fused.join(attended, None, "bf16").data_ptr() == attended.data_ptr()

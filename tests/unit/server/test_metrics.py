@@ -1,0 +1,196 @@
+import os
+import re
+
+import httpx2
+import pytest
+from live_server import live_server
+from prometheus_client.parser import text_string_to_metric_families
+from server_fakes import FakeEngine, out_of_memory, wait_until
+
+from flux_nf4.server.metrics import Metrics
+
+PROMPT = "a very private lighthouse"
+
+
+def samples(text):
+    """Every sample as `name{label=value}` -> number."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def value(metrics, name, **labels):
+    return metrics.registry.get_sample_value(f"flux_nf4_{name}", labels)
+
+
+def scrape(live):
+    return httpx2.get(f"{live.url}/metrics").text
+
+
+def draw(live, **body):
+    body = {"prompt": PROMPT, "steps": 3, "n_iter": 2} | body
+    return httpx2.post(f"{live.url}/sdapi/v1/txt2img", json=body, timeout=30)
+
+
+@pytest.fixture
+def metrics():
+    return Metrics(FakeEngine())
+
+
+def test_a_job_is_counted_from_its_end_to_its_steps():
+    with live_server() as live:
+        draw(live)
+        found = samples(scrape(live))
+
+    end = "api=sdapi,finish_reason=done,status=done"
+    assert found[f"flux_nf4_requests_total{{{end}}}"] == 1
+    assert found["flux_nf4_request_duration_seconds_count{api=sdapi}"] == 1
+    assert found["flux_nf4_queue_seconds_count"] == 1
+    assert found["flux_nf4_steps_total"] == 6
+    assert found["flux_nf4_step_seconds_count"] == 6
+
+
+def test_the_state_is_read_when_it_is_asked_for():
+    with live_server() as live:
+        live.pull(live.engine.hold)
+        for _ in range(2):
+            httpx2.post(f"{live.url}/v1/jobs", json={"prompt": "a"}, timeout=30)
+        wait_until(lambda: live.engine.status().num_running)
+        found = samples(scrape(live))
+
+    assert found["flux_nf4_requests_running"] == 1
+    assert found["flux_nf4_requests_waiting"] == 1
+    assert found["flux_nf4_ready"] == 1
+    assert found["flux_nf4_workers{device=cpu,state=busy}"] == 1
+
+
+def test_nothing_of_a_request_is_in_a_label():
+    with live_server(api_keys=("k" * 20,)) as live:
+        client = httpx2.Client(base_url=live.url, headers={"authorization": f"Bearer {'k' * 20}"})
+        client.post("/v1/jobs", json={"prompt": PROMPT, "num_inference_steps": 1})
+        job = live.engine.jobs(owner=next(iter(live.engine._jobs.values())).owner)[0]
+        wait_until(lambda: job.is_finished)
+        text = client.get("/metrics").text
+        client.close()
+
+    assert "lighthouse" not in text
+    assert job.id not in text
+    assert job.owner not in text
+    assert "k" * 20 not in text
+
+
+def test_metrics_need_the_key():
+    with live_server(api_keys=("k" * 20,)) as live:
+        assert httpx2.get(f"{live.url}/metrics").status_code == 401
+        assert httpx2.get(f"{live.url}/metrics", auth=("u", "k" * 20)).status_code == 200
+
+
+def test_before_the_model_is_loaded_there_is_no_model(metrics):
+    engine = FakeEngine()
+    engine.capabilities = None
+    loading = Metrics(engine)
+
+    assert value(metrics, "model_info", **model_labels(metrics)) == 1
+    assert "flux_nf4_model_info" not in {family.name for family in loading.registry.collect()}
+
+
+def model_labels(metrics):
+    families = {family.name: family for family in metrics.registry.collect()}
+    return families["flux_nf4_model_info"].samples[0].labels
+
+
+@pytest.mark.parametrize(
+    ("reason", "word"),
+    [
+        ("it gave no sign of life for 120 s", "hang"),
+        ("it was ended by SIGKILL: out of memory", "signal"),
+        ("it exited with code 1: cuda:0", "exit"),
+        ("it sent something that is no message: KeyError", "protocol"),
+        ("anything else at all", "other"),
+    ],
+)
+def test_a_lost_worker_is_counted_by_kind_and_not_by_its_last_words(metrics, reason, word):
+    metrics.observe("worker_restarted", device="cpu", reason=reason)
+
+    assert value(metrics, "worker_restarts_total", reason=word) == 1
+
+
+@pytest.mark.parametrize(
+    ("event", "facts", "name", "labels"),
+    [
+        ("rejected", {"reason": "queue_full"}, "admission_rejections_total", None),
+        ("replayed", {"reason": "worker_lost"}, "replays_total", None),
+        ("job_cancelled", {"cause": "client"}, "cancelled_total", None),
+        ("first_preview", {"duration_s": 0.2}, "first_preview_seconds_count", {}),
+        (
+            "stage",
+            {"stage": "text", "duration_s": 1},
+            "stage_seconds_count",
+            {"stage": "text_encode"},
+        ),
+        (
+            "stage",
+            {"stage": "decode", "duration_s": 1},
+            "stage_seconds_count",
+            {"stage": "vae_decode"},
+        ),
+        (
+            "stage",
+            {"stage": "save", "duration_s": 1},
+            "stage_seconds_count",
+            {"stage": "encode_image"},
+        ),
+        ("stage", {"stage": "?", "duration_s": 1}, "stage_seconds_count", {"stage": "other"}),
+        ("image", {"width": 64, "height": 32}, "images_total", {}),
+    ],
+)
+def test_an_event_of_the_engine_is_counted(metrics, event, facts, name, labels):
+    metrics.observe(event, **facts)
+
+    assert value(metrics, name, **(facts if labels is None else labels)) == 1
+
+
+def test_pixels_are_counted(metrics):
+    metrics.observe("image", width=64, height=32)
+
+    assert value(metrics, "pixels_total") == 64 * 32
+
+
+def test_an_unknown_event_is_passed_over(metrics):
+    metrics.observe("something_new", anything=1)
+
+
+def test_too_little_memory_is_counted_and_named():
+    engine = FakeEngine()
+    with live_server(engine) as live:
+        engine.fail_next = out_of_memory()
+        draw(live)
+        found = samples(scrape(live))
+
+    assert found["flux_nf4_oom_total"] == 1
+    end = "api=sdapi,finish_reason=out_of_memory,status=failed"
+    assert found[f"flux_nf4_requests_total{{{end}}}"] == 1
+
+
+def test_a_workers_memory_is_told(metrics):
+    from flux_nf4.server.metrics import _resident_bytes
+
+    assert _resident_bytes(os.getpid()) > 10**6
+    assert _resident_bytes(2**22 + 1) is None
+
+
+def test_names_follow_prometheus_conventions(metrics):
+    names = {family.name for family in metrics.registry.collect()}
+    ours = {name for name in names if not name.startswith("process_")}
+
+    assert all(re.fullmatch(r"flux_nf4_[a-z_]+", name) for name in ours)
+
+
+def test_two_servers_do_not_add_up(metrics):
+    other = Metrics(FakeEngine())
+    metrics.observe("image", width=64, height=64)
+
+    assert value(other, "images_total") == 0
