@@ -27,7 +27,8 @@ def browser_path():
     return found[0] if found else None
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while Playwright runs, its event loop keeps other tests from running theirs.
+@pytest.fixture(scope="module")
 def browser():
     path = browser_path()
     if path is None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from test_all_in_one_bytes import REFERENCE_BYTES, clip, t5, transformer, vae
 from tolerances import INFO_CPU_SECONDS
@@ -14,7 +15,7 @@ from flux_nf4.cli import main
 from flux_nf4.formats.allinone import plan_all_in_one, write_all_in_one
 from flux_nf4.formats.bnb import tensors_from_weight
 from flux_nf4.formats.checkpoint import open_checkpoint
-from flux_nf4.formats.dtypes import DTYPE_NAMES
+from flux_nf4.formats.dtypes import DTYPE_NAMES, DTYPES
 from flux_nf4.formats.header import encode_header, plan_header
 from flux_nf4.formats.tensorfile import TensorFile
 from flux_nf4.nf4 import reference
@@ -107,6 +108,43 @@ def test_quantising_a_narrow_model_gives_the_real_names_and_dtypes(tmp_path, for
     assert written == {
         name: DTYPE_NAMES[dtype] for name, dtype, _ in transformer_specs(nested=form == "v1")
     }
+
+
+def order_of_the_library(dtype_names):
+    """Names in the order in which the safetensors library writes tensors of these dtypes."""
+    tensors = {name: torch.empty(1, dtype=DTYPES[dtype]) for name, dtype in dtype_names.items()}
+    data = safetensors.torch.save(tensors)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return sorted(header, key=lambda name: header[name]["data_offsets"])
+
+
+@pytest.mark.parametrize(("form", "num_tensors"), [("v1", 3_012 - 2), ("v2", 2_384 - 2)])
+def test_quantised_whole_a_narrow_model_has_the_real_names_dtypes_and_order(
+    tmp_path, form, num_tensors
+):
+    parts = {
+        kind: {
+            name: torch.ones([small(size) for size in each.shape], dtype=torch.bfloat16)
+            for name, each in entries.items()
+        }
+        for kind, entries in real_parts().items()
+    }
+    source, result = tmp_path / "bf16.safetensors", tmp_path / "nf4.safetensors"
+    write_all_in_one(source, parts, None, vae_dtype=torch.float32)
+    assert main(["quantize", str(source), str(result), "--format", form, "--quiet"]) == 0
+    infos = TensorFile(result).infos.values()
+    # The two logit scales, of no use, are the reference's own.
+    others = plan_all_in_one(real_parts(), vae_dtype=torch.float32)
+    real = {
+        name: DTYPE_NAMES[each.dtype]
+        for name, each in others.items()
+        if not name.startswith(PREFIX)
+    }
+    real |= {name: DTYPE_NAMES[dtype] for name, dtype, _ in transformer_specs(nested=form == "v1")}
+
+    assert len(infos) == num_tensors
+    assert {each.name: each.dtype_name for each in infos} == real
+    assert [each.name for each in infos] == order_of_the_library(real)
 
 
 def test_v1_has_the_published_length_but_for_the_digits_of_its_314_offsets():
