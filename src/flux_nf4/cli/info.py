@@ -86,6 +86,7 @@ def _describe_checkpoint(path: Path) -> Description:
         "path": str(surveyed.path),
         "layout": surveyed.layout,
         "variant": surveyed.variant,
+        "told_by_name": surveyed.told_by_name,
         "quantization": surveyed.quantization,
         "bytes": sum(part.num_bytes for part in surveyed.parts.values()),
         "parts": parts,
@@ -98,11 +99,12 @@ def _describe_checkpoint(path: Path) -> Description:
 
 def _checkpoint_lines(surveyed: Survey, values: Mapping[str, Any]) -> list[str]:
     facts = surveyed.facts
+    by_name = f"; by its name {surveyed.told_by_name}" if surveyed.told_by_name else ""
     lines = [
         surveyed.path.name or str(surveyed.path),
         *_rows(
             {
-                "model": f"FLUX.1 {surveyed.variant} ({facts.name})",
+                "model": f"FLUX.1 {surveyed.variant} ({facts.name}){by_name}",
                 "layout": surveyed.layout,
                 "weights": surveyed.quantization,
                 "size": num_bytes_text(values["bytes"]),

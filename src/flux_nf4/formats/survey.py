@@ -58,6 +58,10 @@ class SurveyedPart:
         return sum(num_bytes for _, num_bytes in self.stored.values())
 
 
+# Names and widths are those of dev, or of each other.
+_TOLD_BY_NAME = ("Kontext", "Krea", "Canny", "Depth")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
     """What `checkpoint.Checkpoint` tells of itself, without its tensors."""
@@ -74,6 +78,12 @@ class Survey:
     def missing(self) -> tuple[str, ...]:
         """The parts that an image needs and this checkpoint does not hold."""
         return tuple(kind for kind in _KINDS if kind not in self.parts)
+
+    @property
+    def told_by_name(self) -> str | None:
+        """Which model its name says it is, of those whose tensors do not tell; or None."""
+        name = self.path.resolve().name.lower()
+        return next((each for each in _TOLD_BY_NAME if each.lower() in name), None)
 
 
 def survey(path: str | Path) -> Survey:

@@ -66,6 +66,17 @@ def test_a_checkpoint_in_json_adds_up(flux, checkpoint):
     assert (told["missing"], told["facts"]["name"]) == ([], "tiny")
 
 
+@pytest.mark.parametrize("name", ["flux1-kontext-dev-nf4", "FLUX.1-Krea-dev"])
+def test_what_only_the_name_tells_is_said_to_be_told_by_it(flux, checkpoint, folder, name):
+    file = folder / f"{name}.safetensors"
+    file.write_bytes(checkpoint.read_bytes())
+
+    done = flux("info", str(file))
+
+    told = "Kontext" if "kontext" in name else "Krea"
+    assert f"by its name {told}" in done.out
+
+
 def test_parts_that_are_missing_are_named(flux, checkpoint, folder):
     from flux_nf4.formats.allinone import write_all_in_one
     from flux_nf4.formats.checkpoint import open_checkpoint
