@@ -48,6 +48,28 @@ class Picture:
     seed: int
     has_mask: bool = False
 
+    def as_order(self) -> dict[str, Any]:
+        """What OpenAI's API takes."""
+        return {
+            "prompt": self.prompt,
+            "size": f"{self.width}x{self.height}",
+            "n": self.num_images,
+            "num_inference_steps": self.num_steps,
+            "seed": self.seed,
+        }
+
+    def as_job(self) -> dict[str, Any]:
+        """What `/v1/jobs` takes."""
+        return {
+            "prompt": self.prompt,
+            "width": self.width,
+            "height": self.height,
+            "num_images": self.num_images,
+            "num_inference_steps": self.num_steps,
+            "seed": self.seed,
+            "num_previews": 1,
+        }
+
 
 @dataclass
 class Tally:
@@ -98,35 +120,15 @@ def _upload(picture: Picture, *, is_mask: bool = False) -> bytes:
     return file.getvalue()
 
 
-def _body(picture: Picture) -> dict[str, Any]:
-    return {
-        "prompt": picture.prompt,
-        "size": f"{picture.width}x{picture.height}",
-        "n": picture.num_images,
-        "num_inference_steps": picture.num_steps,
-        "seed": picture.seed,
-    }
-
-
-def _job(picture: Picture) -> dict[str, Any]:
-    return {
-        "prompt": picture.prompt,
-        "width": picture.width,
-        "height": picture.height,
-        "num_images": picture.num_images,
-        "num_inference_steps": picture.num_steps,
-        "seed": picture.seed,
-        "num_previews": 1,
-    }
-
-
 def _openai_request(picture: Picture, **more: Any) -> dict[str, Any]:
     if picture.api == "openai":
-        return {"url": "/v1/images/generations", "json": _body(picture) | more}
+        return {"url": "/v1/images/generations", "json": picture.as_order() | more}
     files = {"image": ("a.png", _upload(picture), "image/png")}
     if picture.has_mask:
         files["mask"] = ("m.png", _upload(picture, is_mask=True), "image/png")
-    fields = {name: json.dumps(value).strip('"') for name, value in (_body(picture) | more).items()}
+    fields = {
+        name: json.dumps(value).strip('"') for name, value in (picture.as_order() | more).items()
+    }
     return {"url": "/v1/images/edits", "data": fields, "files": files}
 
 
@@ -139,7 +141,9 @@ def _checked(answer: httpx2.Response, status: int = 200) -> Any:
 async def draw(client: httpx2.AsyncClient, picture: Picture) -> list[str]:
     """A picture's images through its API, as the hashes of their pixels."""
     if picture.api == "jobs":
-        return await follow(client, _checked(await client.post("/v1/jobs", json=_job(picture)), 202))
+        return await follow(
+            client, _checked(await client.post("/v1/jobs", json=picture.as_job()), 202)
+        )
     if picture.api == "sdapi":
         body = {
             "prompt": picture.prompt,
@@ -158,11 +162,9 @@ async def draw(client: httpx2.AsyncClient, picture: Picture) -> list[str]:
 
 async def follow(client: httpx2.AsyncClient, job: dict[str, Any]) -> list[str]:
     """A job's images, when its events say that they are there."""
-    last: dict[str, Any] = {}
     async with client.stream("GET", f"/v1/jobs/{job['id']}/events") as answer:
-        async for last in _events(answer):
-            pass
-    end = last.get("job", {})
+        events = [event async for event in _events(answer)]
+    end = events[-1].get("job", {}) if events else {}
     if end.get("state") != "done":
         raise LostError(f"{end.get('state')}: {end.get('error')}")
     urls = [image["url"] for image in end["images"]]
@@ -209,7 +211,7 @@ async def _leave(client: httpx2.AsyncClient, picture: Picture) -> None:
 
 
 async def _cancel(client: httpx2.AsyncClient, picture: Picture) -> None:
-    job = _checked(await client.post("/v1/jobs", json=_job(picture) | {"num_images": 3}), 202)
+    job = _checked(await client.post("/v1/jobs", json=picture.as_job() | {"num_images": 3}), 202)
     await asyncio.sleep(0.02)
     _checked(await client.delete(f"/v1/jobs/{job['id']}"))
     async with client.stream("GET", f"/v1/jobs/{job['id']}/events") as answer:
@@ -288,16 +290,20 @@ async def _one_request(
             await _FLEETING[way](client, picture)
         else:
             found = await _LASTING[way](client, picture)
-            if len(found) != len(hashes):
-                raise LostError(f"{len(found)} of {len(hashes)} images")
-            if found != hashes:
-                raise CrossedError(f"{found} for {hashes}")
+            _compare(found, hashes)
             tally.num_images += len(found)
     except CrossedError as error:
         tally.crossed.append(f"{way}: {picture}: {error}")
     except (LostError, httpx2.HTTPError) as error:
         tally.lost.append(f"{way}: {picture}: {type(error).__name__}: {error}")
     tally.outcomes[f"{picture.api} {way}" if way != "bad" else way] += 1
+
+
+def _compare(found: list[str], hashes: list[str]) -> None:
+    if len(found) != len(hashes):
+        raise LostError(f"{len(found)} of {len(hashes)} images")
+    if found != hashes:
+        raise CrossedError(f"{found} for {hashes}")
 
 
 _LASTING: dict[str, Callable[[httpx2.AsyncClient, Picture], Awaitable[list[str]]]] = {

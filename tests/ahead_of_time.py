@@ -13,13 +13,13 @@ SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 1
 
 
 def compile_for(capability, kernel, signature, constants, **options):
-    """The compiled kernel; pointers and the integers in it are taken to be multiples of 16."""
+    """The compiled kernel; pointers and integers are multiples of 16, as FLUX's sizes are."""
     names = kernel.arg_names
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if types[name].startswith("*")
+        if types[name].startswith("*") or types[name] == "i32"
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)

@@ -1,10 +1,12 @@
 """Models on a fake device: what they are asked, what they draw, and the budgets to try."""
 
+import torch
 from fake_device import Counting, FakeDevice
 
 from flux_nf4.memory.plan import smallest_budget
 from flux_nf4.pipeline.events import ImageDone, Notice
 from flux_nf4.pipeline.generate import GenerationRequest, generate, workload_of
+from flux_nf4.pipeline.load import LoadSettings, load_model
 
 PLENTY = 2**40
 
@@ -18,6 +20,13 @@ def wish(prompt="a red cat", **values):
         "seed": 3,
     } | values
     return GenerationRequest(prompt=prompt, **values)
+
+
+def unmanaged(path):
+    """A model that is in main memory as it is, and decodes as those do that are managed."""
+    model = load_model(path, LoadSettings(device="cpu", dtype=torch.float32))
+    model.autoencoder.is_in_strips = True
+    return model
 
 
 def draw(model, request):

@@ -56,7 +56,8 @@ class Walk:
         self.end("text")
         self.begin("modulation")
         working = activations.modulation_bytes(inventory, workload)
-        self.once("modulation", inventory.conditioner, working)
+        for _ in range(workload.num_passes):
+            self.once("modulation", inventory.conditioner, working)
         self.end("modulation")
         left = workload.num_images
         while left > 0:
@@ -66,8 +67,7 @@ class Walk:
             self.denoise(batch_size)
             self.end("denoise")
             self.begin("decode")
-            tile = (self.plan.tiling.width, self.plan.tiling.height)
-            working = activations.decode_bytes(inventory.sizes, tile, workload, batch_size)
+            working = activations.decode_bytes(inventory.sizes, workload, batch_size)
             self.once("decode", (inventory.vae,), working)
             self.end("decode")
         return self
@@ -129,7 +129,7 @@ def faults(inventory, plan):
             wrong.append(f"{phase.name} moves {walk.moved[phase.name]}, not {phase.moved_bytes}")
         if phase.peak_bytes != walk.peaks[phase.name]:
             wrong.append(f"{phase.name} peaks at {walk.peaks[phase.name]}, not {phase.peak_bytes}")
-    return wrong + _host_faults(plan) + _tile_faults(plan)
+    return wrong + _host_faults(plan)
 
 
 def _host_faults(plan):
@@ -148,15 +148,3 @@ def _host_faults(plan):
         if limit is not None and held > limit:
             wrong.append(f"{held} bytes are {homes}, of {limit}")
     return wrong
-
-
-def _tile_faults(plan):
-    """Tiles laid from the corner on, each sharing `overlap` with the next, cover the image."""
-    tiling, workload, count = plan.tiling, plan.workload, 1
-    for tile, length in ((tiling.width, workload.width), (tiling.height, workload.height)):
-        num, covered = 1, tile
-        while covered < length:
-            covered += tile - tiling.overlap
-            num += 1
-        count *= num
-    return [] if count == tiling.num_tiles else [f"{count} tiles, not {tiling.num_tiles}"]

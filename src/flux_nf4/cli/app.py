@@ -13,7 +13,19 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from flux_nf4 import __version__
-from flux_nf4.cli import convert, demo, doctor, generate, info, plan, pull, quantize, serve, verify
+from flux_nf4.cli import (
+    bench,
+    convert,
+    demo,
+    doctor,
+    generate,
+    info,
+    plan,
+    pull,
+    quantize,
+    serve,
+    verify,
+)
 from flux_nf4.cli.console import print_data
 from flux_nf4.cli.help import top_help, verb_help
 from flux_nf4.cli.options import Parameter, parameters
@@ -37,6 +49,7 @@ VERBS: tuple[Verb, ...] = (
     quantize.VERB,
     convert.VERB,
     plan.VERB,
+    bench.VERB,
     doctor.VERB,
 )
 

@@ -111,7 +111,10 @@ def run(options: GenerateOptions) -> int:
         progress.stage("load")
         is_demo = options.model in (None, _DEMO)
         path = None if is_demo else Path(str(options.model)).expanduser()
-        model = load_model(path, LoadSettings(device=options.device, vram=vram, ram=ram))
+        model = load_model(
+            path,
+            LoadSettings(device=options.device, vram=vram, ram=ram, arithmetic=options.arithmetic),
+        )
         requests = [_request(options, model, size, source, prompt, seed) for prompt in prompts]
         width, height = requests[0].width, requests[0].height
         now = torch.get_num_threads()

@@ -39,7 +39,7 @@ def python_findings() -> Iterator[Finding]:
 def processor_finding(capabilities: Mapping[str, bool]) -> Finding:
     """The processor; `capabilities` are those that PyTorch names."""
     cores = _usable_cores()
-    text = f"CPU {_processor_name()}, {cores} {'core' if cores == 1 else 'cores'} to use"
+    text = f"CPU {processor_name()}, {cores} {'core' if cores == 1 else 'cores'} to use"
     if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
         return Finding(severity="ok", topic="cpu", text=f"{text}, with bf16 arithmetic")
     return Finding(
@@ -49,7 +49,8 @@ def processor_finding(capabilities: Mapping[str, bool]) -> Finding:
     )
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

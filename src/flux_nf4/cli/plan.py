@@ -190,7 +190,7 @@ def _workload_text(workload: Workload) -> str:
 
 
 def _overview(outcomes: Sequence[_Outcome], machine: Machine) -> list[str]:
-    titles = ("memory", "peak", "blocks on it", "moves a step", "on the bus, s", "decode", "kept")
+    titles = ("memory", "peak", "blocks on it", "moves a step", "on the bus, s", "kept")
     rows: list[tuple[str, ...]] = [titles]
     for outcome in outcomes:
         plan = outcome.plan
@@ -206,7 +206,6 @@ def _overview(outcomes: Sequence[_Outcome], machine: Machine) -> list[str]:
                 f"{num_resident} of {len(blocks)}",
                 memory_text(plan.step_bytes),
                 " ".join(f"{seconds:.2f}" for seconds in _link_seconds(plan).values()),
-                "whole" if plan.tiling.num_tiles == 1 else f"{plan.tiling.num_tiles} tiles",
                 _kept_text(plan),
             )
         )
@@ -246,8 +245,6 @@ def _detail(outcome: _Outcome, machine: Machine) -> list[str]:
         "streamed": "streamed in every step",
     }
     counts = {text: sum(each.use == use for each in _blocks(plan)) for use, text in uses.items()}
-    tiling = plan.tiling
-    tiles = f"{tiling.num_tiles} tiles of {tiling.width} x {tiling.height}"
     steps = [f"{link} {_seconds(seconds)}" for link, seconds in _step_seconds(plan).items()]
     return [
         *_table(rows),
@@ -257,7 +254,6 @@ def _detail(outcome: _Outcome, machine: Machine) -> list[str]:
         f"blocks  {', '.join(f'{count} {text}' for text, count in counts.items() if count)}",
         f"kept    {_kept_text(plan)}",
         f"host    {', '.join(held)}",
-        f"decode  {'whole' if tiling.num_tiles == 1 else f'{tiles}, {tiling.overlap} shared'}",
         f"a step  moves {memory_text(plan.step_bytes)} for {plan.batch_size} at once; "
         f"{', '.join(steps)}",
         *_basis(plan, machine),
@@ -337,7 +333,6 @@ def _values(outcome: _Outcome, machine: Machine) -> dict[str, Any]:
         "verdict": _verdict(outcome.vram, plan),
         "peak_bytes": plan.peak_bytes,
         "batch_size": plan.batch_size,
-        "tiling": dataclasses.asdict(plan.tiling),
         "step_bytes": plan.step_bytes,
         "arithmetic_s": plan.compute_ns / 1e9,
         "step_s": _step_seconds(plan),

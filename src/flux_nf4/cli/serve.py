@@ -140,6 +140,9 @@ def _settings(options: ServeOptions) -> ServeSettings:
         strict_model=options.strict_model,
         max_pixels=options.max_pixels,
         max_megapixel_steps=options.max_work,
+        max_rate=options.rate,
+        max_work_rate=options.work_rate,
+        queue_timeout_s=options.queue_timeout,
         drain_timeout_s=options.drain_timeout,
         sdapi_cfg=options.sdapi_cfg,
         log_prompts=options.log_prompts,
@@ -162,6 +165,7 @@ def _engine_settings(options: ServeOptions) -> EngineSettings:
         step_timeout_s=options.step_timeout,
         vram=parse_limit(options.vram, "--vram"),
         ram=parse_limit(options.ram, "--ram"),
+        arithmetic=options.arithmetic,
         journal=None if options.durable is None else Path(options.durable).expanduser(),
     )
 
@@ -218,9 +222,5 @@ VERB = Verb(
     summary="Serve a web page, and the APIs of OpenAI and A1111.",
     options=ServeOptions,
     run=run,
-    examples=(
-        "",
-        "-m flux1-dev-bnb-nf4-v2.safetensors",
-        "--host 0.0.0.0 --api-key-file keys.txt",
-    ),
+    examples=("--host 0.0.0.0 --api-key-file keys.txt -m model.safetensors",),
 )

@@ -42,6 +42,14 @@ class ModelSettings:
         group="Model",
         setting=True,
     )
+    arithmetic: Literal["auto", "bf16", "fp8", "int8"] = option(
+        "--arithmetic",
+        metavar="NAME",
+        default="bf16",
+        help="`bf16` (exact), `fp8`, `int8`, or `auto` [bf16]",
+        group="Model",
+        setting=True,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,28 +92,28 @@ class ServerSettings(ModelSettings):
         "--api-key-file",
         metavar="FILE",
         help="one key a line; or FLUX_NF4_API_KEY [no key]",
-        group="Access",
+        group="Address",
         setting=True,
     )
     insecure: bool = option(
         "--insecure",
         default=False,
         help="serve others than this machine without a key",
-        group="Access",
+        group="Address",
         setting=True,
     )
     allowed_host: str | None = option(
         "--allowed-host",
         metavar="A,B",
         help="names under which it is reached [localhost]",
-        group="Access",
+        group="Address",
         setting=True,
     )
     cors_origin: str | None = option(
         "--cors-origin",
         metavar="A,B",
         help="origins whose pages may use it [its own]",
-        group="Access",
+        group="Address",
         setting=True,
     )
     max_queue: int = option(
@@ -142,6 +150,31 @@ class ServerSettings(ModelSettings):
         default=1200.0,
         minimum=0.001,
         help="of one request: images x megapixels x steps [1200]",
+        group="Limits",
+        setting=True,
+    )
+    rate: float | None = option(
+        "--rate",
+        metavar="X",
+        minimum=0.001,
+        help="requests of one key in a minute",
+        group="Limits",
+        setting=True,
+    )
+    work_rate: float | None = option(
+        "--work-rate",
+        metavar="X",
+        minimum=0.001,
+        help="megapixels x steps of one key in a minute",
+        group="Limits",
+        setting=True,
+    )
+    queue_timeout: float | None = option(
+        "--queue-timeout",
+        metavar="S",
+        minimum=0.01,
+        maximum=86_400,
+        help="what waits for longer is given up",
         group="Limits",
         setting=True,
     )
@@ -191,8 +224,7 @@ class ServerSettings(ModelSettings):
         "--sdapi-cfg",
         metavar="WORD",
         default="auto",
-        help="what A1111's `cfg_scale` is: `ignore`, `true`\n"
-        "(true CFG), `guidance` (distilled) [auto]",
+        help="A1111's `cfg_scale`: `ignore`, `true`, `guidance` [auto]",
         group="Limits",
         setting=True,
     )

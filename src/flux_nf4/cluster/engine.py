@@ -59,9 +59,10 @@ class Slot:
 
     def cancel(self) -> None:
         """Have its job stopped, at its next step if a replica draws it."""
-        if self.job_id is not None and self._frames is not None and not self._is_cancelling:
+        if self.job_id is not None and not self._is_cancelling:
             self._is_cancelling = True
-            self._frames.cancel()
+            if self._frames is not None:
+                self._frames.cancel()
 
     async def stop(self) -> None:
         """Return when nothing of it is left here; the replicas are Ray's to stop."""
@@ -129,6 +130,7 @@ class ClusterEngine(Engine):
         super().__init__(settings)
         self._num_slots = num_slots
         self._deploy = deploy
+        self._slots: list[Slot] = []
         self._deploying: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -145,12 +147,13 @@ class ClusterEngine(Engine):
         await super().stop()
 
     def _add_worker(self, device: str) -> None:  # noqa: ARG002
-        self._workers = [Slot(f"ray:{index}", self) for index in range(self._num_slots)]
+        self._slots = [Slot(f"ray:{index}", self) for index in range(self._num_slots)]
+        self._workers.extend(self._slots)
 
     async def _connect(self) -> None:
         replicas = await self._deploy()
         capabilities, load_error = await replicas.describe.remote()
-        for slot in self._workers:
+        for slot in self._slots:
             slot.replicas, slot.load_error = replicas, load_error
             slot.state = "failed" if load_error else "idle"
         if load_error is None:

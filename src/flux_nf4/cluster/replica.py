@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from flux_nf4.server.jobs import JobSpec
     from flux_nf4.server.status import EngineSettings
+    from flux_nf4.server.supervisor import Worker
 
 LAST_FRAMES = ("done", "failed", "cancelled", "lost")
 
@@ -24,7 +25,7 @@ LAST_FRAMES = ("done", "failed", "cancelled", "lost")
 class Replica:
     """Ready when its model is loaded, or cannot be."""
 
-    async def __init__(self, settings: EngineSettings) -> None:
+    async def __init__(self, settings: EngineSettings) -> None:  # type: ignore[misc]
         self._capabilities: dict[str, Any] = {}
         self._frames: asyncio.Queue[tuple[dict[str, Any], bytes]] = asyncio.Queue()
         self._changed = asyncio.Event()
@@ -40,7 +41,8 @@ class Replica:
         """The frames of a job with their pixels, to the last; who stops listening stops the job."""
         # The job before may be stopping still, or its worker be on its way back.
         await self._until(lambda: self._worker.state == "idle")
-        self._frames = frames = asyncio.Queue()
+        frames: asyncio.Queue[tuple[dict[str, Any], bytes]] = asyncio.Queue()
+        self._frames = frames
         self._worker.run(job_id, spec)
         try:
             kind = ""
@@ -70,14 +72,23 @@ class Replica:
         self._say_changed()
 
     def worker_frame(
-        self, worker: Supervisor, job_id: str, frame: dict[str, Any], pixels: bytes
+        self,
+        worker: Worker,
+        job_id: str,  # noqa: ARG002
+        frame: dict[str, Any],
+        pixels: bytes,
     ) -> None:
         """Its job went on, or ended."""
         self._frames.put_nowait((frame, pixels))
         if worker.job_id is None:
             self._say_changed()
 
-    def worker_lost(self, worker: Supervisor, job_id: str | None, reason: str) -> None:
+    def worker_lost(
+        self,
+        worker: Worker,  # noqa: ARG002
+        job_id: str | None,
+        reason: str,
+    ) -> None:
         """The worker process died; the supervisor starts another."""
         if job_id is not None:
             self._frames.put_nowait(({"kind": "lost", "reason": reason}, b""))

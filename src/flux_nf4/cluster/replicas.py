@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 APPLICATION = "flux-nf4"
 _DEPLOYMENT = "replica"
+_CONNECT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,10 @@ def connect(settings: ClusterSettings) -> None:
     log.handlers, log.propagate = [], True
     log.setLevel(logging.WARNING)
     try:
+        if settings.address not in (None, "auto"):
+            # Ray itself would try for a quarter of an hour.
+            host, _, port = settings.address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         ray.init(
             address=settings.address or "local",
             namespace=APPLICATION,
@@ -71,7 +77,7 @@ def connect(settings: ClusterSettings) -> None:
             configure_logging=False,
             include_dashboard=None if settings.address else False,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise FluxNF4Error(
             f"no Ray cluster can be reached at `{settings.address or 'this machine'}`: {error}",
             hint="`ray status` says whether there is one; without `--ray-address` one is started",

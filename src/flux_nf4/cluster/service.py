@@ -29,7 +29,7 @@ class Front:
         InputError: there is no key; the proxy listens to everybody.
     """
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]
         self,
         read_settings: Callable[[], tuple[ServeSettings, EngineSettings]],
         num_replicas: int,

@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import sys
-import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,8 +52,7 @@ class TensorFile:
             self._data_start = opened.data_start
             try:
                 self._mapping = _map_file(opened.descriptor, opened.num_bytes)
-                self._descriptor = os.dup(opened.descriptor)
-                weakref.finalize(self, os.close, self._descriptor)
+                self._status = os.fstat(opened.descriptor)
             except OSError as error:
                 raise FormatError(f"cannot read `{path}`: {error.strerror or error}") from error
         header = opened.header
@@ -101,16 +99,19 @@ class TensorFile:
         """Read bytes of the file past the mapping: faster, and no page of it stays in the process.
 
         Raises:
-            FormatError: the disk fails, or the file has become shorter.
+            FormatError: the disk fails, or the file was replaced or has become shorter.
         """
-        while target:
-            try:
-                num_read = os.preadv(self._descriptor, [target], offset)
-            except OSError as error:
-                raise FormatError(f"cannot read `{self.path}`: {error.strerror}") from error
-            if not num_read:
-                raise FormatError(f"`{self.path}` ends at {offset} bytes; it was {self.num_bytes}")
-            target, offset = target[num_read:], offset + num_read
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if not os.path.samestat(os.fstat(file.fileno()), self._status):
+                    raise FormatError(f"`{self.path}` was replaced while it was in use")
+                file.seek(offset)
+                while target and (num_read := file.readinto(target)):
+                    target = target[num_read:]
+        except OSError as error:
+            raise FormatError(f"cannot read `{self.path}`: {error.strerror}") from error
+        if target:
+            raise FormatError(f"`{self.path}` has become shorter than {self.num_bytes} bytes")
 
     def identity(self) -> dict[str, str | int]:
         """What tells this file from another, or from itself after a change, short of its values.

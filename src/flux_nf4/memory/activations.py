@@ -18,6 +18,8 @@ PIXELS_PER_TOKEN = 16
 CLIP_TOKENS = 77
 FLOAT_BYTES = 4
 RGB = 3
+STRIP_PIXELS = 2**15  # of a level, that the VAE works out at once
+ATTENTION_MAPS = 10  # of the VAE's coarsest level, around its attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,19 +96,23 @@ def denoise_bytes(inventory: Inventory, workload: Workload, batch_size: int) -> 
     return max(21 * unit, 17 * unit + inventory.block_scratch_bytes) + rope + latents + tables
 
 
-def decode_bytes(sizes: Sizes, tile: tuple[int, int], workload: Workload, batch_size: int) -> int:
-    """The VAE's worst moment over its levels, for one tile of `tile` pixels, beside the pictures.
+def decode_bytes(sizes: Sizes, workload: Workload, batch_size: int) -> int:
+    """The VAE's worst moment over its levels, in strips (`model.strips`), beside the pictures.
 
-    In a residual block from I to O channels: input, norm and product with cuDNN's copies of two
-    of them (3 I + 2 O), or the block's input, the second half and the sum (I + 4 O).
+    Of a level from I to O channels two maps are held: the block's input, which at first is that of
+    the level below, and its inner map. Beside them a strip with the rows around it: enlarged,
+    padded, multiplied and normed, with cuDNN's copies of a convolution's ends.
     """
-    num_pixels = tile[0] * tile[1]
+    num_pixels = workload.width * workload.height
     widths = sizes.vae_widths
-    worst = 0
+    coarsest = len(widths) - 1
+    worst = ATTENTION_MAPS * widths[-1] * num_pixels // 4**coarsest
     for level, num_out in enumerate(widths):
-        num_in = widths[min(level + 1, len(widths) - 1)]
-        width = max(3 * num_in + 2 * num_out, num_in + 4 * num_out)
-        worst = max(worst, -(-width * num_pixels // 4**level))
+        num_in = widths[min(level + 1, coarsest)]
+        pixels = num_pixels // 4**level
+        strip = min(pixels, STRIP_PIXELS + 4 * (workload.width >> level))
+        held = max(2 * num_out, num_out + num_in // 4) * pixels
+        worst = max(worst, held + (5 * num_in + 3 * num_out) * strip)
     pictures = (2 * batch_size + 4) * RGB * workload.width * workload.height * FLOAT_BYTES
     return worst * sizes.compute_bytes + pictures
 

@@ -20,7 +20,6 @@ from flux_nf4.formats.bnb import check_is_finite
 from flux_nf4.formats.component import Component, Entry
 from flux_nf4.memory.inventory import FIXED, T5_TOKENS, Inventory, Unit, unit_of
 from flux_nf4.nf4.codec import NestedAbsmax
-from flux_nf4.nf4.linear import NF4Linear
 
 if TYPE_CHECKING:
     from flux_nf4.formats.component import ComponentKind
@@ -85,7 +84,6 @@ class Contents:
     places: list[Place] = field(default_factory=list)
     num_bytes: int = 0
     is_checked: bool = False
-    is_derived: bool = False
 
     def add(self, owner: nn.Module, leaf: str, component: Component, entry_name: str) -> None:
         """Take in a tensor of a module, which is still on meta."""
@@ -109,14 +107,6 @@ class Contents:
         """Make the modules use these tensors."""
         for place, view in zip(self.places, views, strict=True):
             place.put(view)
-
-    def derive(self) -> None:
-        """Work out once, from values that are there, what stays when they go: the rows' scales."""
-        if not self.is_derived:
-            for owner in {id(place.owner): place.owner for place in self.places}.values():
-                if isinstance(owner, NF4Linear):
-                    owner.set_arithmetic(owner.arithmetic)
-            self.is_derived = True
 
     def take_away(self) -> None:
         """Leave the modules without tensors: a product with one on meta is no error, but noise."""

@@ -44,16 +44,6 @@ class Ring:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tiling:
-    """The decoder's tiles in pixels; a single one is the whole image."""
-
-    width: int
-    height: int
-    overlap: int
-    num_tiles: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PhasePlan:
     """One phase: what it holds at its worst moment, what it moves, how long it takes.
 
@@ -80,7 +70,6 @@ class Plan:
     placements: tuple[Placement, ...]
     phases: tuple[PhasePlan, ...]
     batch_size: int
-    tiling: Tiling
     step_bytes: int
     step_ns: int
     compute_ns: int

@@ -6,7 +6,7 @@ others pass through a ring of slots, each arriving while those before it compute
 an image passes through a ring of two. What still fits everywhere is kept for the next image.
 
 Every choice is either the most of a nested list (blocks on the device, units kept) that fits, or
-the fastest of a few that do not depend on the budget (tiles, batches): so more memory is never
+the fastest of a few that do not depend on the budget (batches): so more memory is never
 slower, and the same input always gives the same plan. Bytes and nanoseconds are whole numbers.
 No torch here, not even indirectly: a plan is made before anything is loaded.
 """
@@ -21,11 +21,10 @@ from flux_nf4.memory import activations
 from flux_nf4.memory.activations import Workload
 from flux_nf4.memory.budget import CONTEXT_BYTES, MIB, SLACK_BYTES, Budget, Home, Machine
 from flux_nf4.memory.inventory import T5_TOKENS, Inventory, Unit
-from flux_nf4.memory.placement import Phase, PhasePlan, Placement, Plan, Ring, Tiling, Use
+from flux_nf4.memory.placement import Phase, PhasePlan, Placement, Plan, Ring, Use
 
 RING_SLOTS = 3  # one computes, one is ready, one arrives
 FEWEST_SLOTS = 2
-TILE_SIDES = (1024, 768, 512, 384, 256)  # pixels; below that a tile is mostly overlap
 SMALLEST_SIZE = 64  # pixels, of a side
 # Multiples of the golden ratio's fraction spread a list's every beginning, and every rest, evenly.
 _GOLDEN = 40503  # / 65536
@@ -44,8 +43,7 @@ def make_plan(
     plans = [
         plan
         for batch_size in _batch_sizes(workload.num_images)
-        for tiling in _tilings(workload)
-        if (plan := _Case(inventory, workload, machine, batch_size, tiling).solve(budget))
+        if (plan := _Case(inventory, workload, machine, batch_size).solve(budget))
     ]
     if plans:
         return min(plans, key=lambda plan: plan.total_ns)  # of equals the first: fewest splits
@@ -56,10 +54,7 @@ def smallest_budget(
     inventory: Inventory, workload: Workload, *, context_bytes: int = CONTEXT_BYTES
 ) -> int:
     """The fewest device bytes, context included, that any plan for `workload` fits."""
-    return context_bytes + min(
-        _Case(inventory, workload, Machine(), 1, tiling).fewest_bytes()
-        for tiling in _tilings(workload)
-    )
+    return context_bytes + _Case(inventory, workload, Machine(), 1).fewest_bytes()
 
 
 def largest_size(inventory: Inventory, workload: Workload, budget: Budget) -> Workload | None:
@@ -98,23 +93,6 @@ def _batch_sizes(num_images: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(-(-num_images // parts) for parts in range(1, num_images + 1)))
 
 
-def _tilings(workload: Workload) -> Iterator[Tiling]:
-    width, height = workload.width, workload.height
-    yield Tiling(width=width, height=height, overlap=0, num_tiles=1)
-    for side in TILE_SIDES:
-        if side < max(width, height):
-            overlap = side // 4
-            num_tiles = 1
-            for length in (width, height):
-                num_tiles *= -(-(max(length, side) - overlap) // (side - overlap))
-            yield Tiling(
-                width=min(side, width),
-                height=min(side, height),
-                overlap=overlap,
-                num_tiles=num_tiles,
-            )
-
-
 def _sum(units: Iterable[Unit]) -> int:
     return sum(unit.num_bytes for unit in units)
 
@@ -138,7 +116,7 @@ class _Need:
 
 
 class _Case:
-    """One batch size and one tiling: what its phases need, and the most that a budget keeps."""
+    """One batch size: what its phases need, and the most that a budget keeps."""
 
     def __init__(
         self,
@@ -146,10 +124,9 @@ class _Case:
         workload: Workload,
         machine: Machine,
         batch_size: int,
-        tiling: Tiling,
     ) -> None:
         self.inventory, self.workload, self.machine = inventory, workload, machine
-        self.batch_size, self.tiling = batch_size, tiling
+        self.batch_size = batch_size
         order = keep_order(len(inventory.blocks))
         self.blocks = tuple(inventory.blocks[index] for index in order)
         # What is kept between images comes in this order; of T5 and the conditioner all or none.
@@ -164,8 +141,7 @@ class _Case:
         self.text_working = activations.text_bytes(inventory, workload)
         self.modulation_working = activations.modulation_bytes(inventory, workload)
         self.denoise_working = activations.denoise_bytes(inventory, workload, batch_size)
-        tile = (tiling.width, tiling.height)
-        self.decode_working = activations.decode_bytes(inventory.sizes, tile, workload, batch_size)
+        self.decode_working = activations.decode_bytes(inventory.sizes, workload, batch_size)
 
     def fewest_bytes(self) -> int:
         """The least that fits, on the allocator: nothing kept, and the least loop."""
@@ -201,13 +177,7 @@ class _Case:
             yield RING_SLOTS, num_resident
 
     def _most_kept(self, num_resident: int) -> int:
-        """How many groups may be kept: only blocks that the loop has, and all of those first.
-
-        None beside tiles: a decoder that sees the whole image comes before anything that is kept,
-        and room for it must not cost what less memory had.
-        """
-        if self.tiling.num_tiles > 1:
-            return 0
+        """How many groups may be kept: only blocks that the loop has, and all of those first."""
         return len(self.groups) if num_resident == len(self.blocks) else num_resident
 
     def _kept(self, count: int) -> tuple[Unit, ...]:
@@ -267,7 +237,6 @@ class _Case:
                 for name, need in needs.items()
             ),
             batch_size=self.batch_size,
-            tiling=self.tiling,
             step_bytes=self.workload.num_passes * _sum(streamed),
             step_ns=step_ns,
             compute_ns=compute_ns,
@@ -288,7 +257,7 @@ class _Case:
         loop_bytes = loaded(*self.blocks) + num_more_passes * streamed_bytes
         return {
             "text": loaded(*inventory.t5, inventory.clip),
-            "modulation": loaded(*inventory.conditioner),
+            "modulation": workload.num_passes * loaded(*inventory.conditioner),
             "denoise": self._num_batches * loop_bytes,
             "decode": self._num_batches * loaded(inventory.vae),
         }
@@ -315,7 +284,7 @@ class _Case:
         pass_ns = transfer_ns(*self.blocks[num_resident:])
         step_ns = max(compute_ns, workload.num_passes * pass_ns)
         first_ns = max(compute_ns, transfer_ns(*self.blocks) + (workload.num_passes - 1) * pass_ns)
-        pixels = self.tiling.width * self.tiling.height * self.tiling.num_tiles
+        pixels = workload.width * workload.height
         decode_ns = machine.compute_ns(activations.decode_flops(inventory.sizes, pixels))
         took: dict[Phase, int] = {
             "text": once_ns((*inventory.t5, inventory.clip), workload.num_text_tokens),

@@ -77,7 +77,10 @@ class Mover:
     def settle(self, homes: Mapping[str, str]) -> None:
         """Learn where units live, and let go of what lives in host memory no more."""
         self._homes = dict(homes)
-        for name in [n for n in self._host if homes[n] not in ("pinned", "pageable")]:
+        leaving = [name for name in self._host if homes[name] not in ("pinned", "pageable")]
+        if leaving:
+            self._device.reach(self._device.mark())  # no copy reads from it any more
+        for name in leaving:
             del self._host[name]
 
     def move(self, unit: str, target: Tensor, *, background: bool = False) -> Future[Mark]:
@@ -267,7 +270,6 @@ class Residency:
         moved = self._pending.pop(unit, None)
         if moved is not None:
             self.device.wait(moved.result())
-            self._contents[unit].derive()
 
     def _take(self, running: _Running, unit: str) -> None:
         if unit in running.loop and (not running.ahead or running.ahead[0][0] != unit):
@@ -281,7 +283,6 @@ class Residency:
             buffer = running.loop[unit] if slot == OWN else running.ring[slot]
             views = running.views[unit, slot] = contents.views(buffer)
         contents.put(views)
-        contents.derive()
         running.slot = None if slot == OWN else slot
 
     def _retire(self, running: _Running) -> None:

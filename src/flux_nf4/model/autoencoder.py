@@ -17,6 +17,7 @@ from flux_nf4.errors import FormatError
 from flux_nf4.formats.facts import FLUX_1_DEV
 from flux_nf4.model.assemble import assemble, check_compute_dtype
 from flux_nf4.model.sizes import count_blocks, has_any, shape_of
+from flux_nf4.model.strips import decode_in_strips, encode_in_strips
 
 if TYPE_CHECKING:
     from flux_nf4.formats.component import Component
@@ -48,6 +49,8 @@ class Autoencoder(nn.Module):
         self.model = model
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor
+        # Less memory, for a little time: what a GPU's memory is planned with.
+        self.is_in_strips = False
         self.latent_channels: int = model.config.latent_channels
         self.pixels_per_latent: int = 2 ** (len(model.config.block_out_channels) - 1)
 
@@ -62,6 +65,9 @@ class Autoencoder(nn.Module):
         The range is about [-1, 1] and is not enforced: a clamp would hide infinity.
         """
         shifted = latents_BCHW.float() / self.scaling_factor + self.shift_factor
+        if self.is_in_strips:
+            pieces = shifted.to(self.dtype).split(1)
+            return torch.cat([decode_in_strips(self.model, piece) for piece in pieces])
         return self.model.decode(shifted.to(self.dtype), return_dict=False)[0]
 
     def encode(self, images_B3PQ: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,9 +75,21 @@ class Autoencoder(nn.Module):
 
         The encoder gives a distribution; `mean + deviation * noise` is a sample of it.
         """
-        posterior = self.model.encode(images_B3PQ.to(self.dtype), return_dict=False)[0]
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        images_B3PQ = images_B3PQ.to(self.dtype)
+        if self.is_in_strips:
+            pieces = [encode_in_strips(self.model, piece) for piece in images_B3PQ.split(1)]
+            posterior = DiagonalGaussianDistribution(torch.cat(pieces))
+        else:
+            posterior = self.model.encode(images_B3PQ, return_dict=False)[0]
         mean = (posterior.mean.float() - self.shift_factor) * self.scaling_factor
         return mean, posterior.std.float() * self.scaling_factor
+
+    @property
+    def knows_colours(self) -> bool:
+        """Whether `colours` is a matter of its input alone; the first time the encoder may run."""
+        return "_colour_map" in vars(self)
 
     def colours(self, latents_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) float32 -> about the colour of each latent's pixels, (B, 3, H, W).

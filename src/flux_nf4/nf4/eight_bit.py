@@ -51,10 +51,6 @@ class QuantizedRows:
     values: Tensor
     scale: Tensor
 
-    def tokens(self, start: int, stop: int) -> QuantizedRows:
-        """Tokens `start` to `stop` of (B, S, K), sharing memory."""
-        return QuantizedRows(values=self.values[:, start:stop], scale=self.scale[:, start:stop])
-
 
 def rotate(x: Tensor) -> Tensor:
     """The Walsh-Hadamard transform of every 64 values, orthonormal: (..., K) float32 -> same.

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from flux_nf4.pipeline.events import Event
     from flux_nf4.pipeline.load import Model
 
-_LEAST_STEPS = 20  # to be measured, with as many images as that takes
-_MOST_IMAGES = 5
+_LEAST_STEPS = 20  # to be measured, of as many requests as that takes
+_MOST_WARM = 5
 _PROMPT = "a red apple on a light blue background"
 
 
@@ -49,6 +49,16 @@ class MemoryPeak:
     allocated: int
     reserved: int
     driver: int
+
+    @classmethod
+    def now(cls, device: torch.device) -> MemoryPeak:
+        """Since the peak was last set back, and what the driver says at this moment."""
+        free, total = torch.cuda.mem_get_info(device)
+        return cls(
+            allocated=torch.cuda.max_memory_allocated(device),
+            reserved=torch.cuda.max_memory_reserved(device),
+            driver=total - free,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,6 +96,11 @@ def spread(seconds: Sequence[float]) -> Spread:
     )
 
 
+def num_requests(num_steps: int) -> int:
+    """How many requests are drawn: a cold one, and those that give enough steps."""
+    return 1 + min(_MOST_WARM, -(-_LEAST_STEPS // max(1, num_steps - 1)))
+
+
 def measure_drawing(
     model: Model,
     *,
@@ -94,7 +109,7 @@ def measure_drawing(
     batch_size: int = 1,
     on_event: Callable[[Event], None] = lambda _: None,
 ) -> Measurement:
-    """Draw until the spread is known, `batch_size` images at once.
+    """Draw `num_requests`, each of `batch_size` images at once.
 
     Raises:
         DoesNotFitError, NumericalError: as `generate`.
@@ -112,10 +127,8 @@ def measure_drawing(
         )
 
     first = draw(model, request(0), on_event)
-    warm = [draw(model, request(1), on_event)]
-    while len(_warm_steps(warm)) < _LEAST_STEPS and len(warm) < _MOST_IMAGES:
-        warm.append(draw(model, request(len(warm) + 1), on_event))
-    step = spread(_warm_steps(warm))
+    warm = [draw(model, request(number), on_event) for number in range(1, num_requests(num_steps))]
+    step = spread([step_s for each in warm for step_s in each.steps_s[1:] or each.steps_s])
     at_once = min(batch_size, model.memory.batch_size or batch_size)
     ceilings = measure_ceilings(
         model.transformer.blocks,
@@ -154,40 +167,27 @@ def draw(
         lap_s, since_s = time.perf_counter() - since_s, time.perf_counter()
         return lap_s
 
-    def end_stage(name: str) -> None:
+    def end_stage() -> None:
         drawn.stages_s[stage] = drawn.stages_s.get(stage, 0.0) + lap()
         if model.device.type == "cuda":
-            drawn.peaks[stage] = _peak(model.device)
+            drawn.peaks[stage] = MemoryPeak.now(model.device)
             _reset_peak(model.device)
 
     for event in generate(model, request):
         if isinstance(event, StageStarted):
-            end_stage(stage)
+            end_stage()
             stage = event.stage
         elif isinstance(event, StepDone):
             drawn.steps_s.append(lap())
             drawn.stages_s[stage] = drawn.stages_s.get(stage, 0.0) + drawn.steps_s[-1]
         elif isinstance(event, ImageDone):
-            end_stage(stage)
+            end_stage()
             stage = "png"
             save_png(io.BytesIO(), event.image, {})
-            end_stage(stage)
+            end_stage()
         on_event(event)
     drawn.total_s = time.perf_counter() - began_s
     return drawn
-
-
-def _warm_steps(drawn: Sequence[Drawn]) -> list[float]:
-    return [step_s for each in drawn for step_s in each.steps_s[1:] or each.steps_s]
-
-
-def _peak(device: torch.device) -> MemoryPeak:
-    free, total = torch.cuda.mem_get_info(device)
-    return MemoryPeak(
-        allocated=torch.cuda.max_memory_allocated(device),
-        reserved=torch.cuda.max_memory_reserved(device),
-        driver=total - free,
-    )
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from flux_nf4.nf4.eight_bit import Arithmetic
 
 _BUDGET_S = 0.1  # for each thing that is measured
-_MAX_CALLS = 50
+_LEAST_SAMPLES = 3
+_SAMPLE_S = 0.01  # so that waiting for the device is nothing beside the calls
+_MOST_CALLS = 100
 _CPU_ROWS = 512
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
@@ -53,16 +55,25 @@ class Ceilings:
 def timed_calls(
     call: Callable[[], object], device: torch.device, budget_s: float = _BUDGET_S
 ) -> list[float]:
-    """Seconds of each of some calls, three at least, after one that is not counted."""
-    call()
-    synchronize(device)
+    """Seconds of a call, three times at least; short calls are timed many at a time.
+
+    One call before is not counted.
+    """
+    _seconds(call, 1, device)
+    num_calls = max(1, min(_MOST_CALLS, int(_SAMPLE_S / _seconds(call, 1, device))))
     seconds: list[float] = []
-    while len(seconds) < 3 or (sum(seconds) < budget_s and len(seconds) < _MAX_CALLS):
-        began_s = time.perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(time.perf_counter() - began_s)
+    while len(seconds) < _LEAST_SAMPLES or sum(seconds) * num_calls < budget_s:
+        seconds.append(_seconds(call, num_calls, device) / num_calls)
     return seconds
+
+
+def _seconds(call: Callable[[], object], num_calls: int, device: torch.device) -> float:
+    synchronize(device)
+    began_s = time.perf_counter()
+    for _ in range(num_calls):
+        call()
+    synchronize(device)
+    return time.perf_counter() - began_s
 
 
 def synchronize(device: torch.device) -> None:

@@ -35,6 +35,7 @@ from flux_nf4.pipeline.image_input import SourceImage, encode_source
 from flux_nf4.pipeline.model_memory import attempt
 from flux_nf4.pipeline.request import GenerationRequest
 from flux_nf4.pipeline.sampling import (
+    LATENT_CHANNELS,
     add_noise,
     draw_noise_from,
     euler_step,
@@ -159,6 +160,7 @@ def generate_latents(
     )[-request.num_steps - 1 :]
     conditionings = yield from attempt(memory, partial(condition, model, request, texts, sigmas_K))
 
+    yield from attempt(memory, partial(_learn_colours, model, request))
     first = 0
     while first < request.num_images:
         seeds = request.seeds[first : first + (memory.batch_size or request.batch_size)]
@@ -182,6 +184,14 @@ def generate_latents(
             continue  # with fewer images at once
         yield LatentsDone(first_index=first, tokens=tokens_BLD, seeds=seeds, source=source)
         first += len(seeds)
+
+
+def _learn_colours(model: Model, request: GenerationRequest) -> None:
+    """Let previews be a matter of the latents alone: the autoencoder is not there between steps."""
+    if not request.num_previews or model.autoencoder.knows_colours:
+        return
+    with model.memory.phase("decode"):
+        model.autoencoder.colours(torch.zeros(1, LATENT_CHANNELS, 1, 1))
 
 
 def workload_of(model: Model, request: GenerationRequest) -> Workload:

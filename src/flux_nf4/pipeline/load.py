@@ -140,9 +140,9 @@ def assemble_model(checkpoint: Checkpoint, settings: LoadSettings) -> Model:
     tokenizers = load_tokenizers(checkpoint)
     check_vocabularies(tokenizers, components)
     notes = [*checkpoint.notes, *([] if note is None else [note])]
-    if settings.vram is not None and device.type == "cpu":
-        notes.append("the limit of device memory is not used: the device is the CPU")
     manager = managed_device(device, settings.vram)
+    if manager is None and settings.vram is not None:
+        notes.append("the limit of device memory is not used: the device is the CPU")
     place = device if manager is None else torch.device("meta")
     model = Model(
         path=checkpoint.path,
@@ -171,6 +171,7 @@ def _managed(
     settings: LoadSettings,
 ) -> Model:
     """The model with a plan for its own size, which begins to load."""
+    model.autoencoder.is_in_strips = True  # under every plan: all of them give the same image
     modules: dict[ComponentKind, nn.Module] = {
         "transformer": model.transformer,
         "t5": model.t5,

@@ -97,7 +97,7 @@ def _capabilities(context: Context) -> dict[str, Any]:
             "previews": True,
             "durable": context.engine.settings.journal is not None,
         },
-        "memory": None,
+        "memory": model.memory,
         "version": __version__,
     }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from flux_nf4.server.links import Links
 from flux_nf4.server.logs import log_job
 from flux_nf4.server.problems import ApiError, from_job, retry_after
+from flux_nf4.server.rates import Rates
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -30,6 +31,7 @@ class Context:
     settings: ServeSettings
     engine: Engine
     links: Links = field(default_factory=Links)
+    rates: Rates = field(default_factory=Rates)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -52,7 +54,7 @@ class Context:
         """Hand a job to the engine if it is within the limits.
 
         Raises:
-            ApiError: 400, it asks for more than a request may.
+            ApiError: 400, it asks for more than a request may; 429, its owner for too much at once.
             QueueFullError, DrainingError: not now.
         """
         settings = self.settings
@@ -75,9 +77,23 @@ class Context:
                 code="too_much_work",
                 hint="ask for fewer images, fewer steps, or a smaller size",
             )
+        try:
+            self.rates.take(settings, owner, work)
+        except ApiError:
+            for tell in self.engine.on_event:
+                tell("rejected", reason="rate_limit")
+            raise
         job = self.engine.submit(spec, owner=owner, api=api)
+        if settings.queue_timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            loop.call_later(settings.queue_timeout_s, self._give_up, job.id, owner)
         log_job(job, with_prompt=settings.log_prompts)
         return job
+
+    def _give_up(self, job_id: str, owner: str) -> None:
+        job = self.engine.job(job_id, owner=owner)
+        if job is not None and job.started_at is None:
+            self.engine.cancel(job_id, cause="timeout")
 
     def find_job(self, job_id: str, *, owner: str) -> Job:
         """The owner's job.

@@ -33,7 +33,7 @@ from flux_nf4.server.running import (
     fields_of_fault,
 )
 from flux_nf4.server.status import Capabilities, EngineSettings, EngineStatus, WorkerStatus
-from flux_nf4.server.supervisor import WORKER_COMMAND, Supervisor
+from flux_nf4.server.supervisor import WORKER_COMMAND, Supervisor, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ class Engine:
         image           width, height
         job_cancelled   cause
         job_finished    api, state, duration_s (from its acceptance), code (or None)
-        rejected        reason                   `queue_full` or `draining`
+        rejected        reason                   `queue_full`, `draining`, `rate_limit`
         worker_restarted  device, reason
         replayed        reason                   `worker_lost` or `restart`
     """
@@ -72,7 +72,7 @@ class Engine:
         self.capabilities: Capabilities | None = None
         self.on_event: list[Callable[..., None]] = []
         self._worker_command = worker_command
-        self._workers: list[Supervisor] = []
+        self._workers: list[Worker] = []
         self._queue = FairQueue()
         self._running: dict[str, Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -239,7 +239,7 @@ class Engine:
         self._hand_out()
 
     def worker_frame(
-        self, worker: Supervisor, job_id: str, frame: dict[str, Any], pixels: bytes
+        self, worker: Worker, job_id: str, frame: dict[str, Any], pixels: bytes
     ) -> None:
         """Its job went on, or ended."""
         running = self._running.get(job_id)
@@ -249,7 +249,7 @@ class Engine:
         if worker.job_id is None:
             self._hand_out()
 
-    def worker_lost(self, worker: Supervisor, job_id: str | None, reason: str) -> None:
+    def worker_lost(self, worker: Worker, job_id: str | None, reason: str) -> None:
         """Its job has another try, or none."""
         self._observe("worker_restarted", device=worker.device, reason=reason)
         self._say_changed()
@@ -259,6 +259,7 @@ class Engine:
             running.put({"kind": "lost", "reason": reason}, b"")
 
     def _add_worker(self, device: str) -> None:
+        """Where an engine of another kind has workers of its own."""
         worker = Supervisor(device, self.settings, self, self._worker_command)
         self._workers.append(worker)
         worker.start()

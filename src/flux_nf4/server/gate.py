@@ -32,6 +32,9 @@ _CONTENT_TYPES = {
     "/v1/images/edits": ("multipart/form-data",),
     "/v1/image-info": _IMAGES,
 }
+# What parts JSON into values: a body of nothing else takes a second to parse, and gigabytes.
+_MAX_MARKS = 10_000
+_NO_MARKS = bytes(set(range(256)) - set(b",:[{"))
 # Where images may come along, in base64 or as they are.
 _UPLOAD_PATHS = frozenset(
     {
@@ -120,7 +123,7 @@ class Gate:
         Raises:
             ApiError: 408, 413 or 503: it is too slow, too large, or one of too many.
         """
-        body, limit = bytearray(), self._limit(path)
+        body, limit, num_marks = bytearray(), self._limit(path), 0
         timeout_s = self._settings.body_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -132,6 +135,14 @@ class Gate:
                     self._num_buffered_bytes += len(message.get("body", b""))
                     if len(body) > limit:
                         raise _too_large(limit)
+                    if path not in _CONTENT_TYPES:
+                        num_marks += len(message.get("body", b"").translate(None, _NO_MARKS))
+                    if num_marks > _MAX_MARKS:
+                        raise ApiError(
+                            413,
+                            f"the body has more than {_MAX_MARKS} commas, colons and brackets",
+                            code="too_large",
+                        )
                     if self._num_buffered_bytes > self._settings.max_buffered_bytes:
                         raise ApiError(
                             503, "too many uploads at once", code="busy", headers=retry_after(2)

@@ -16,6 +16,7 @@ from flux_nf4.server.context import Context, owner_of, random_seed
 from flux_nf4.server.jobs import JobSpec
 from flux_nf4.server.pictures import decode_upload, picture
 from flux_nf4.server.problems import ApiError, Json, from_job
+from flux_nf4.server.routing import Route
 from flux_nf4.server.schemas import JobRequest
 from flux_nf4.server.sse import EventStream, frame
 
@@ -39,7 +40,7 @@ _PICTURE: Answers = {
 
 def router(context: Context) -> APIRouter:
     """The routes under `/v1/jobs`."""
-    routes = APIRouter(tags=["Native"])
+    routes = APIRouter(tags=["Native"], route_class=Route)
 
     @routes.post("/v1/jobs", status_code=202)
     async def submit(body: JobRequest, request: Request) -> Response:

@@ -140,10 +140,10 @@ def error_of_cancel(cause: CancelCause, *, is_kept: bool) -> JobError | None:
     """What a client is told of a job that was stopped; None if he stopped it himself."""
     if cause == "timeout":
         return JobError(
-            message="the job took longer than it may",
-            hint="ask for fewer steps or a smaller size",
+            message="the job waited for its turn longer than it may",
+            hint="send it again when the server has less to do",
             code="timeout",
-            status=504,
+            status=503,
         )
     if cause == "shutdown":
         return JobError(

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from flux_nf4.errors import FluxNF4Error
 from flux_nf4.server.context import Context, owner_of
 from flux_nf4.server.pictures import decode_upload
 from flux_nf4.server.problems import ApiError, Json, as_api_error, from_validation
+from flux_nf4.server.routing import Route
 from flux_nf4.server.sdapi_answers import Callers, Watched, answer, image_info, progress
 from flux_nf4.server.sdapi_mapping import Wish, to_wish
 from flux_nf4.server.sdapi_options import (
@@ -44,7 +44,7 @@ _NOT_TOLD = {"init_images", "mask", "lora"} | {
 _REFRESH = ("refresh-checkpoints", "refresh-vae", "refresh-loras", "refresh-embeddings")
 
 
-class _Route(APIRoute):
+class _Route(Route):
     """Errors with `detail` beside `error`: the one that A1111's clients show."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -22,6 +22,8 @@ class ServeSettings:
 
     `max_pixels` limits an image to be drawn, `max_upload_pixels` one that is sent.
     `max_megapixel_steps` limits a request: images x megapixels x steps, twice that with true CFG.
+    `max_rate` and `max_work_rate` limit the requests and the megapixel steps of a key in a minute;
+    what waits for longer than `queue_timeout_s` is given up. None is no limit.
     `api_keys` empty: whoever reaches the port is served.
 
     Raises:
@@ -39,6 +41,9 @@ class ServeSettings:
     max_pixels: int = 2048 * 2048
     max_upload_pixels: int = 4096 * 4096
     max_megapixel_steps: float = 1200.0
+    max_rate: float | None = None
+    max_work_rate: float | None = None
+    queue_timeout_s: float | None = None
     max_json_bytes: int = 1_000_000
     max_upload_bytes: int = 25_000_000
     max_buffered_bytes: int = 250_000_000  # of all requests whose bodies are being read

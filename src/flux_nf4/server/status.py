@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from flux_nf4.pipeline.request import check_number, check_whole_number
 
@@ -25,7 +25,7 @@ class EngineSettings:
     `step_timeout_s` while it draws, or is not ready `load_timeout_s` after its start, is killed.
     `max_queue` jobs may wait, and more only of owners who have less than their share of these.
     `journal` is the file that keeps unfinished jobs over a restart of the server; None keeps none.
-    `vram` and `ram` are each worker's, in bytes, as in `LoadSettings`.
+    `vram`, `ram` (in bytes) and `arithmetic` are each worker's, as in `LoadSettings`.
     Finished jobs are kept up to `max_kept_jobs` and `max_kept_bytes`, the newest of them.
 
     Raises:
@@ -41,6 +41,7 @@ class EngineSettings:
     journal: Path | None = None
     vram: int | None = None
     ram: int | None = None
+    arithmetic: str = "bf16"
     max_kept_jobs: int = 1000
     max_kept_bytes: int = 512 * 2**20
 
@@ -56,7 +57,11 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What the loaded model is; sizes in pixels, lengths in tokens."""
+    """What the loaded model is; sizes in pixels, lengths in tokens.
+
+    `memory` is the plan for the device: `device_bytes`, a `verdict` for people, and under `plan`
+    the `name` and `peak_bytes` of each phase; None where nothing is planned, as on a CPU.
+    """
 
     model: str
     variant: str
@@ -70,6 +75,7 @@ class Capabilities:
     max_sequence_length: int
     licence: str
     is_demo: bool
+    memory: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

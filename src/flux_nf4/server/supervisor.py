@@ -46,6 +46,32 @@ _OF_A_JOB = ("stage", "step", "notice", "image", *_ENDS)
 _log = logging.getLogger(__name__)
 
 
+class Worker(Protocol):
+    """What an engine gives jobs to: here a `Supervisor`, a place on another host in a cluster.
+
+    `job_id` is what it draws; `load_error` the fields with which its model cannot be loaded.
+    """
+
+    state: WorkerState
+    device: str
+    job_id: str | None
+    reason: str | None
+    load_error: dict[str, Any] | None
+
+    @property
+    def status(self) -> WorkerStatus:
+        """What the engine's status says of it."""
+
+    def run(self, job_id: str, spec: JobSpec) -> None:
+        """Take a job; it must be idle."""
+
+    def cancel(self) -> None:
+        """Stop the job, if there is one, at its next step."""
+
+    async def stop(self) -> None:
+        """Return when nothing of it is left."""
+
+
 class Listener(Protocol):
     """Who hears of a worker: the engine. Nothing here may raise but for what a frame holds."""
 
@@ -56,11 +82,11 @@ class Listener(Protocol):
         """It can draw."""
 
     def worker_frame(
-        self, worker: Supervisor, job_id: str, frame: dict[str, Any], pixels: bytes
+        self, worker: Worker, job_id: str, frame: dict[str, Any], pixels: bytes
     ) -> None:
         """Its job went on or ended; `pixels` are RGB, or empty."""
 
-    def worker_lost(self, worker: Supervisor, job_id: str | None, reason: str) -> None:
+    def worker_lost(self, worker: Worker, job_id: str | None, reason: str) -> None:
         """It died, with this job in hand."""
 
 
@@ -210,6 +236,7 @@ class Supervisor:
             shared_memory=self._shared,
             vram=self._settings.vram,
             ram=self._settings.ram,
+            arithmetic=self._settings.arithmetic,
         )
         try:
             while True:

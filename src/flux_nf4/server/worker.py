@@ -47,12 +47,16 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from flux_nf4.memory.placement import Plan
     from flux_nf4.pipeline.events import Event
     from flux_nf4.pipeline.load import Model
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SCHNELL_STEPS, _DEFAULT_STEPS = 4, 20
 _OUT_OF_MEMORY_HINT = "try a smaller size, or the same again when the device is less busy"
+# What diffusers and transformers import where they find it, and no model here needs: without them a
+# worker is there again a third sooner.
+_NOT_NEEDED = ("bitsandbytes", "peft", "scipy")
 # What a library raises when one job's values do not suit it. The job fails, the worker goes on.
 _FAULTS = (
     ArithmeticError,
@@ -129,6 +133,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for name in _NOT_NEEDED:
+        sys.modules[name] = None  # type: ignore[assignment]  # not to be found
     parent = Parent()
     parent.send("loading", stage="libraries")
     try:
@@ -167,7 +173,8 @@ class Worker:
         self.model = load_model(
             path,
             LoadSettings(
-                device=str(device), vram=parent.settings.get("vram"), ram=parent.settings.get("ram")
+                device=str(device),
+                **{name: parent.settings[name] for name in ("vram", "ram", "arithmetic")},
             ),
         )
         parent.send("loading", stage="warm-up")
@@ -276,7 +283,15 @@ def capabilities(model: Model, *, is_demo: bool) -> dict[str, Any]:
         "max_sequence_length": model.facts.max_sequence_length,
         "licence": model.facts.licence,
         "is_demo": is_demo,
+        "memory": None if model.memory.plan is None else _memory(model.memory.plan),
     }
+
+
+def _memory(plan: Plan) -> dict[str, Any]:
+    phases = [{"name": phase.name, "peak_bytes": phase.peak_bytes} for phase in plan.phases]
+    streamed = f"{plan.step_bytes / 2**30:.1f} GiB stream through it in each step"
+    verdict = streamed if plan.step_bytes else "nothing moves while it draws"
+    return {"device_bytes": plan.budget.device_bytes, "verdict": verdict, "plan": phases}
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -247,3 +247,44 @@ def test_a_tensor_is_gone_before_the_next_is_made(tmp_path):
     source = TensorSource(dtype=torch.uint8, shape=(4,), make=make)
     write_sources(tmp_path / "a.safetensors", dict.fromkeys("abc", source))
     assert most == [0, 0, 0]
+
+
+def test_bytes_are_read_past_the_mapping(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensor_file(path, {"a": torch.arange(5.0), "b": torch.arange(7, dtype=torch.uint8)})
+    file = TensorFile(path)
+    read = torch.zeros(3, dtype=torch.uint8)
+    part = file.tensor("b")[2:5]
+    file.read_into(read.numpy().data, file.offset_of(part))
+
+    assert torch.equal(read, part)
+
+
+def test_only_what_lies_in_the_file_as_it_is_has_an_offset(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensor_file(path, {"a": torch.ones(4, 4)})
+    file = TensorFile(path)
+
+    assert file.offset_of(file.tensor("a").clone()) is None
+    assert file.offset_of(file.tensor("a")[:, 1:]) is None
+
+
+def test_a_file_that_has_become_shorter_is_told(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensor_file(path, {"a": torch.ones(4)})
+    file = TensorFile(path)
+    offset = file.offset_of(file.tensor("a"))
+    os.truncate(path, offset + 4)
+
+    with pytest.raises(FormatError, match="become shorter"):
+        file.read_into(torch.zeros(16, dtype=torch.uint8).numpy().data, offset)
+
+
+def test_a_file_that_was_replaced_is_told(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensor_file(path, {"a": torch.ones(4)})
+    file = TensorFile(path)
+    write_tensor_file(path, {"a": torch.zeros(4)})
+
+    with pytest.raises(FormatError, match="was replaced"):
+        file.read_into(torch.zeros(16, dtype=torch.uint8).numpy().data, 8)

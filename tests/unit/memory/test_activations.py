@@ -10,6 +10,7 @@ from tolerances import ACTIVATIONS_LEAST_SHARE, DECODE_LEAST_SHARE
 from flux_nf4.memory import activations
 from flux_nf4.memory.activations import Workload
 from flux_nf4.memory.checkpoint_inventory import flux_1_dev
+from flux_nf4.model import strips
 from flux_nf4.model.blocks import FluxBlocks
 from flux_nf4.model.conditioner import Conditioner
 from flux_nf4.model.config import FluxConfig
@@ -120,7 +121,7 @@ def test_t5_takes_what_is_planned(num_tokens, num_prompts, heads, mlp_width):
 
 @pytest.mark.parametrize("widths", [(16, 32, 64, 64), (32, 32, 32, 32), (64, 16, 16, 16)])
 @pytest.mark.parametrize(("rows", "columns"), [(8, 16), (24, 16)])
-def test_decoding_takes_what_is_planned(widths, rows, columns):
+def test_decoding_takes_what_is_planned(monkeypatch, widths, rows, columns):
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     with torch.device("meta"):
@@ -138,9 +139,11 @@ def test_decoding_takes_what_is_planned(widths, rows, columns):
     latents = random(1, 16, rows, columns)
     workload = Workload(width=8 * columns, height=8 * rows)
     sizes = inventory(vae_widths=widths).sizes
-    planned = activations.decode_bytes(sizes, (workload.width, workload.height), workload, 1)
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2**10)
+    monkeypatch.setattr(activations, "STRIP_PIXELS", 2**10)
+    planned = activations.decode_bytes(sizes, workload, 1)
     known = (latents, *model.parameters())
-    taken = peak_bytes(lambda: model.decode(latents, return_dict=False), *known)
+    taken = peak_bytes(lambda: strips.decode_in_strips(model, latents), *known)
 
     assert DECODE_LEAST_SHARE * planned <= taken <= planned
 
@@ -149,3 +152,7 @@ def test_a_step_at_1024_computes_what_the_books_say():
     flops = activations.step_flops(flux_1_dev(), Workload(width=1024, height=1024), 1)
 
     assert round(flops / 1e12, 1) == 74.4
+
+
+def test_the_strips_that_are_planned_are_those_that_are_decoded():
+    assert activations.STRIP_PIXELS == strips.STRIP_PIXELS

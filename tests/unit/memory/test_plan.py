@@ -36,7 +36,7 @@ def test_a_card_of_6_gb_streams_nothing_in_a_step(dev, workload):
 
 
 def test_the_whole_core_on_the_device_peaks_where_the_prototype_was_measured(dev):
-    denoise = phase(make_plan(dev, SQUARE, capped(6)), "denoise")
+    denoise = phase(make_plan(dev, SQUARE, capped(5.25)), "denoise")
 
     assert denoise.peak_bytes / GIB == pytest.approx(5.23, rel=PROTOTYPE_PEAK_SHARE)
 
@@ -64,14 +64,6 @@ def test_a_ring_has_a_slot_for_the_largest_block(dev):
     ring = phase(make_plan(dev, SQUARE, capped(2)), "denoise").ring
 
     assert (ring.num_slots, ring.slot_bytes) == (3, max(b.num_bytes for b in dev.blocks))
-
-
-def test_the_decoder_sees_the_whole_image_where_that_fits(dev):
-    assert make_plan(dev, SQUARE, capped(3)).tiling.num_tiles == 1
-
-
-def test_a_little_memory_decodes_in_tiles(dev):
-    assert make_plan(dev, SQUARE, capped(1.5)).tiling.num_tiles > 1
 
 
 def test_a_large_batch_is_split_where_it_does_not_fit_at_once(dev):

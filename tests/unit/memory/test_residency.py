@@ -4,14 +4,12 @@ import gc
 import weakref
 
 import pytest
-import torch
 from fake_device import FakeDevice
-from managed_models import budgets, draw, wish
+from managed_models import budgets, draw, unmanaged, wish
 from tolerances import COUNTED_HOST_BYTES
 
 from flux_nf4.memory.budget import SLACK_BYTES
 from flux_nf4.pipeline.generate import generate
-from flux_nf4.pipeline.load import LoadSettings, load_model
 
 REQUESTS = {"plain": wish(), "guided": wish(guidance_scale=2.0, negative_prompt="dog")}
 
@@ -19,7 +17,7 @@ REQUESTS = {"plain": wish(), "guided": wish(guidance_scale=2.0, negative_prompt=
 @pytest.fixture(scope="module")
 def expected(folder):
     """What a model draws that nobody manages."""
-    model = load_model(folder, LoadSettings(device="cpu", dtype=torch.float32))
+    model = unmanaged(folder)
     return {name: draw(model, request)[0] for name, request in REQUESTS.items()}
 
 
@@ -105,11 +103,20 @@ def test_weights_in_pageable_memory_pass_through_staging(open_on, expected, monk
 @pytest.mark.parametrize("share", [0, 2])
 def test_quantised_weights_are_streamed_as_they_are(open_on, share):
     request = wish("a red apple", max_sequence_length=None)
-    plain = load_model(None, LoadSettings(device="cpu", dtype=torch.float32))
+    plain = unmanaged(None)
     budget = budgets(open_on(FakeDevice(), path=None), request)[share]
     model = open_on(FakeDevice(), budget, path=None)
 
     assert draw(model, request)[0] == draw(plain, request)[0]
+
+
+def test_previews_come_where_the_autoencoder_is_streamed(open_on):
+    request = wish(num_previews=2)
+    model = open_on(FakeDevice(), budgets(open_on(FakeDevice()), request)[0])
+    previews = [event.preview for event in generate(model, request) if hasattr(event, "preview")]
+
+    assert len(previews) == 2
+    assert None not in previews
 
 
 def test_an_image_that_is_given_up_leaves_nothing_behind(open_on, expected):

@@ -122,12 +122,10 @@ def images(folder, arithmetic):
     model = load_model(folder, settings)
     request = GenerationRequest(
         prompt="a red cat",
-        width=80,
+        width=64,
         height=64,
         num_inference_steps=1,
         seed=1,
-        num_images=2,
-        batch_size=2,
         max_sequence_length=8,
     )
     done = [event.image for event in generate(model, request) if hasattr(event, "image")]

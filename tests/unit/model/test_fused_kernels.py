@@ -13,7 +13,7 @@ from flux_nf4.model import fused, fused_kernels
 from flux_nf4.model.blocks import EPSILON
 
 TESTS = Path(__file__).parents[2]
-# FLUX.1's sizes: width, padded, and the inner width of an MLP.
+# FLUX.1's sizes: width, padded to a power of two, and the inner width of an MLP.
 HIDDEN, PADDED, INNER = 3072, 4096, 12288
 # What rows are in: Triton's name and the largest value of a unit.
 OUTPUTS = {"bf16": 0.0, "i8": 127.0, "fp8e4nv": 448.0}
@@ -84,22 +84,33 @@ def test_rotation_compiles(capability: int) -> None:
     assert compile_for(capability, kernel, signature, constants, num_warps=warps)
 
 
-@every_target
-def test_join_compiles(capability: int, out: str) -> None:
+def compile_join(capability: int, out: str, attended: int, inner: int) -> object:
     signature = bfloat16("attended_BSND", "inner_BSX") | {"out": f"*{out}", "scale_out": "*fp32"}
     signature |= integers("num_tokens", "a_batch", "a_token", "a_head", "inner_batch")
     signature |= integers("inner_token")
+    sizes = fused_kernels._padded(attended), fused_kernels._padded(inner)
     constants = {
         "LARGEST": OUTPUTS[out],
         "D": 128,
-        "A_WIDTH": HIDDEN,
-        "A_SIZE": PADDED,
-        "X_WIDTH": INNER,
-        "X_SIZE": 16384,
+        "A_WIDTH": attended,
+        "A_SIZE": sizes[0],
+        "X_WIDTH": inner,
+        "X_SIZE": sizes[1],
     }
-    warps = fused_kernels.join_warps(PADDED, 16384)
+    warps = fused_kernels.join_warps(*sizes)
     kernel = fused_kernels._join_kernel
-    assert compile_for(capability, kernel, signature, constants, num_warps=warps)
+    return compile_for(capability, kernel, signature, constants, num_warps=warps)
+
+
+@every_target
+def test_join_compiles(capability: int, out: str) -> None:
+    assert compile_join(capability, out, HIDDEN, INNER)
+
+
+@pytest.mark.parametrize("out", OUTPUTS)
+@pytest.mark.parametrize(("attended", "inner"), [(HIDDEN, 0), (0, INNER)])
+def test_join_compiles_for_one_part_alone(out: str, attended: int, inner: int) -> None:
+    assert compile_join(90, out, attended, inner)
 
 
 def test_cuda_without_triton_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from tolerances import EIGHT_BIT_PRODUCT, ROTATION_FP32
 from flux_nf4.errors import InputError
 from flux_nf4.nf4 import eight_bit, ops, reference
 from flux_nf4.nf4.codec import NF4Weight
-from flux_nf4.nf4.eight_bit import QuantizedRows
 from flux_nf4.nf4.linear import NF4Linear
 from flux_nf4.nf4.scratch import release, scratch
 
@@ -155,12 +154,6 @@ def test_a_weight_whose_rows_end_within_blocks_is_refused():
 
 def test_a_weight_with_columns_for_no_kernel_stays_exact():
     assert not NF4Linear(reference.quantize(random(17, 64))).fits_eight_bit
-
-
-def test_rows_of_some_tokens_share_memory():
-    rows = QuantizedRows(values=torch.zeros(1, 4, 64, dtype=torch.int8), scale=torch.ones(1, 4, 1))
-    part = rows.tokens(1, 3)
-    assert (part.values.shape, part.scale.shape) == ((1, 2, 64), (1, 2, 1))
 
 
 def test_transient_weight_equals_the_expansion():

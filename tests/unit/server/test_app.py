@@ -64,7 +64,7 @@ def test_a_fault_tells_the_client_no_details():
 
 @pytest.mark.parametrize(
     "body",
-    [b"{", b"", b"[]", b'"prompt"', b"\xff\xfe", b"[" * 100_000, b'{"prompt": 1e999}', b"null"],
+    [b"{", b"", b"[]", b'"prompt"', b"\xff\xfe", b"[" * 9_000, b'{"prompt": 1e999}', b"null"],
 )
 def test_a_body_that_is_no_request_is_a_400(body):
     answer = ask("POST", "/v1/jobs", content=body, headers={"content-type": "application/json"})

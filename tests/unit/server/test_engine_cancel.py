@@ -77,7 +77,7 @@ def test_what_took_too_long_failed(pipe):
             await seen(held, "step")
             engine.cancel(held.id, cause="timeout")
             await held.wait()
-            assert (held.state, held.error.code, held.error.status) == ("failed", "timeout", 504)
+            assert (held.state, held.error.code, held.error.status) == ("failed", "timeout", 503)
 
     asyncio.run(claim())
 

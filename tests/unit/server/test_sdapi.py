@@ -354,7 +354,7 @@ def test_a_value_that_cannot_be_is_a_400_that_names_it(api, body, param):
     [
         ("txt2img", '{"prompt": "a", "override_settings": {"x": NaN}}'),
         ("txt2img", '{"prompt": "a", "cfg_scale": 1e999}'),
-        ("txt2img", "[" * 100_000),
+        ("txt2img", "[" * 9_000),
         ("txt2img", '{"seed": ' + "9" * 5000 + "}"),
         ("options", '{"forge_inference_memory": Infinity}'),
         ("options", "[1]"),

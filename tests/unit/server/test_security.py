@@ -269,6 +269,28 @@ def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_read(path, lim
     assert error_of(answer)["code"] == "too_large"
 
 
+@pytest.mark.parametrize("body", [b"[" * 10_001, b'{"a":1' + b',"b":1' * 5_000 + b"}"])
+def test_json_of_too_many_values_is_not_even_parsed(body):
+    answer = ask("POST", "/v1/jobs", content=body, headers={"content-type": "application/json"})
+
+    assert answer.status_code == 413
+
+
+def test_the_longest_prompt_of_short_words_is_parsed():
+    prompt = ", ".join(["a red cat"] * 9_000)
+    answer = ask("POST", "/v1/jobs", json={"prompt": prompt, "num_inference_steps": 1})
+
+    assert answer.status_code == 202
+
+
+@pytest.mark.parametrize("start", [b"0.", b"1"])
+def test_a_number_without_measure_is_no_number(start):
+    body = b'{"prompt": "a", "seed": ' + start + b"1" * 1000 + b"}"
+    answer = ask("POST", "/v1/jobs", content=body, headers={"content-type": "application/json"})
+
+    assert error_of(answer)["code"] == "invalid_json"
+
+
 def test_a_body_that_says_nothing_of_its_length_is_counted_while_it_comes():
     sent = []
 

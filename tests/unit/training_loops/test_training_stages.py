@@ -84,7 +84,8 @@ def run_transformer(
     return run.journal
 
 
-@pytest.fixture(scope="module")
+# For the session, as `work` is: a worker may come back to this module.
+@pytest.fixture(scope="session")
 def trained(work: Path) -> Path:
     """The work folder after the whole recipe, each training stopped once on its way."""
     (work / "state").mkdir()

@@ -1,0 +1,229 @@
+"""Step time and peak under hard caps on memory: `python -m benchmarks.memory OUTPUT.jsonl`.
+
+One line of JSON a case, each in a process of its own; what fails says how, what there was no time
+for says so. Random weights at FLUX.1-dev's size, written to this machine's disk first. The cap is
+on PyTorch's allocator; beside it stands what the driver counts for the whole device. Cases come in
+the order of what matters, and none is begun after `--seconds`:
+
+    nf4 v2 from the file under every cap, then the other storages, then Diffusers' own ways.
+
+`--model tiny --device cpu` tries the script where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import memory_peers
+from flux_nf4.errors import FluxNF4Error
+from flux_nf4.formats.checkpoint import Checkpoint, open_checkpoint
+from flux_nf4.memory.budget import CONTEXT_BYTES
+from flux_nf4.model.sizes import entry_shape
+from flux_nf4.pipeline.events import ImageDone, Notice, StepDone
+from flux_nf4.pipeline.generate import GenerationRequest, generate
+from flux_nf4.pipeline.load import LoadSettings, Model, assemble_model
+from flux_nf4.pipeline.random_model import RandomEntries, random_checkpoint, write_random_model
+
+GIB = 2**30
+CAPS = (None, 12.0, 8.0, 6.0, 4.0, 2.0, 1.5, 1.0)
+LINKS = {"PCIe 3.0 x16": 12.6e9, "PCIe 4.0 x8": 12.6e9, "PCIe 4.0 x16": 25.2e9}  # bytes a second
+
+
+def main() -> None:
+    """Write the file, then run every case in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", default="flux1-dev", choices=("flux1-dev", "tiny"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--part", choices=("all", "ours", "storages", "peers"), default="all")
+    parser.add_argument("--case", type=json.loads, help="one case, to standard output")
+    options = parser.parse_args()
+    if options.case is not None:
+        print(json.dumps(run_case(options.case)))
+        return
+    end = time.monotonic() + options.seconds
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "random.safetensors"
+        began = time.monotonic()
+        write_random_model(file, options.model)
+        _append(options.output, {"case": "write", "seconds": time.monotonic() - began})
+        shared = {"model": options.model, "device": options.device, "steps": options.steps}
+        for case in cases(options.part, shared | {"file": str(file), "folder": folder}):
+            left = end - time.monotonic()
+            answer = {"error": "not run: no time was left"} if left < 20 else _apart(case, left)
+            _append(options.output, case | answer)
+
+
+def cases(part: str, shared: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every case, the most important first."""
+    found: list[dict[str, Any]] = []
+    sizes = ((1024, 1024), (896, 1152)) if shared["model"] == "flux1-dev" else ((256, 256),)
+    if part in ("all", "ours"):
+        found += [
+            {"case": "ours", "storage": "file", "cap_gib": cap, "size": size, "arithmetic": how}
+            for how, size in (("bf16", sizes[0]), ("auto", sizes[0]), ("bf16", sizes[-1]))
+            for cap in CAPS
+        ]
+    if part in ("all", "storages"):
+        found += [
+            {"case": "ours", "storage": storage, "cap_gib": cap, "size": sizes[0]}
+            for cap in (12.0, 8.0, 6.0)
+            for storage in ("nf4 v1", "fp8", "bf16")
+        ]
+    if part in ("all", "peers"):
+        found += [
+            {"case": "peer", "storage": storage, "offload": offload, "cap_gib": cap}
+            for cap in (12.0, 8.0, 6.0)
+            for storage, offload in memory_peers.WAYS
+        ]
+    return [shared | case for case in found]
+
+
+def _append(output: Path, line: dict[str, Any]) -> None:
+    with output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
+
+
+def _apart(case: dict[str, Any], seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.memory", "-", "--case", json.dumps(case)]
+    try:
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": "not finished: no time was left"}
+    lines = ended.stdout.splitlines()
+    if ended.returncode or not lines:
+        return {"error": (ended.stderr.strip().splitlines() or ["it was killed"])[-1]}
+    return dict(json.loads(lines[-1]))
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """One case in this process."""
+    is_cuda = case["device"] == "cuda"
+    if is_cuda and case["cap_gib"] is not None:
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(case["cap_gib"] * GIB / total_bytes)
+    try:
+        measured = memory_peers.measure(case) if case["case"] == "peer" else _measure_ours(case)
+    except (FluxNF4Error, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    return measured | (_memory() if is_cuda else {})
+
+
+def _memory() -> dict[str, Any]:
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    return {
+        "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "driver_gib": (total_bytes - free_bytes) / GIB,
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
+
+
+def _checkpoint(case: dict[str, Any]) -> Checkpoint:
+    storage = case["storage"]
+    if storage == "file":
+        return open_checkpoint(case["file"])
+    if storage == "nf4 v1":
+        return random_checkpoint(case["model"], form="nf4 v1")
+    checkpoint = random_checkpoint(case["model"])
+    transformer = checkpoint.components["transformer"]
+    dtype = torch.float8_e4m3fn if storage == "fp8" else torch.bfloat16
+    outlines = {}
+    for name in transformer.entries:
+        shape = entry_shape(transformer, name)
+        wanted = dtype if len(shape) == 2 else torch.bfloat16
+        outlines[name] = torch.empty(shape, dtype=wanted, device="meta")
+    plain = dataclasses.replace(transformer, entries=RandomEntries(outlines, 0))
+    return dataclasses.replace(
+        checkpoint, components={**checkpoint.components, "transformer": plain}
+    )
+
+
+def _measure_ours(case: dict[str, Any]) -> dict[str, Any]:
+    cap, is_cuda = case["cap_gib"], case["device"] == "cuda"
+    # The cap is on the allocator, and a budget counts the context as well.
+    vram = None if cap is None or not is_cuda else int(cap * GIB) + CONTEXT_BYTES
+    began = time.perf_counter()
+    model = assemble_model(
+        _checkpoint(case),
+        LoadSettings(device=case["device"], vram=vram, arithmetic=case.get("arithmetic", "bf16")),
+    )
+    opened_s = time.perf_counter() - began
+    first = _draw(model, case, "a photo of a harbour at dawn")
+    again = _draw(model, case, "a photo of a harbour at dawn")
+    other = _draw(model, case, "a fox in the snow")
+    plan = model.memory.plan
+    streamed = again["step_bytes"]
+    return {
+        "quantization": model.quantization,
+        "arithmetic": model.arithmetic,
+        "opened_s": opened_s,
+        "first_step_s": opened_s + first["first_step_s"],
+        "step_ms": 1000 * statistics.median(other["steps_s"]),
+        "first": first,
+        "same_prompt": again,
+        "new_prompt": other,
+        "planned_gib": None
+        if plan is None
+        else (plan.peak_bytes - plan.budget.context_bytes) / GIB,
+        "planned_step_bytes": None if plan is None else plan.step_bytes,
+        "modelled_bus_ms": {link: 1000 * streamed / rate for link, rate in LINKS.items()},
+    }
+
+
+def _draw(model: Model, case: dict[str, Any], prompt: str) -> dict[str, Any]:
+    residency = model.memory.residency
+    moved = 0 if residency is None else residency.moved_bytes
+    width, height = case["size"]
+    request = GenerationRequest(
+        prompt=prompt, width=width, height=height, num_inference_steps=case["steps"], seed=1
+    )
+    began = last = time.perf_counter()
+    steps_s: list[float] = []
+    first_step_s, moved_at_first, moved_at_last, notices, digest = 0.0, 0, 0, [], ""
+    for event in generate(model, request):
+        if isinstance(event, StepDone):
+            if case["device"] == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            moved_at_last = 0 if residency is None else residency.moved_bytes
+            if not first_step_s:
+                first_step_s, moved_at_first = now - began, moved_at_last
+            else:
+                steps_s.append(now - last)
+            last = now
+        elif isinstance(event, Notice):
+            notices.append(event.message)
+        elif isinstance(event, ImageDone):
+            digest = hashlib.sha256(event.image.tobytes()).hexdigest()
+    return {
+        "seconds": time.perf_counter() - began,
+        "first_step_s": first_step_s,
+        "steps_s": steps_s,
+        "step_bytes": (moved_at_last - moved_at_first) / max(1, len(steps_s)),
+        "moved_bytes": 0 if residency is None else residency.moved_bytes - moved,
+        "notices": notices,
+        "sha256": digest,
+    }
+
+
+if __name__ == "__main__":
+    main()

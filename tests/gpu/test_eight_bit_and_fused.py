@@ -1,0 +1,200 @@
+"""Fused kernels, 8-bit products and the fast step on a real GPU, against the same in PyTorch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tolerances import (
+    BF16_ERROR_RATIO,
+    EIGHT_BIT_EQUAL_SHARE,
+    EIGHT_BIT_PRODUCT,
+    EIGHT_BIT_STEP,
+    FUSED_BF16,
+)
+
+from flux_nf4.formats.component import Component
+from flux_nf4.model import attention, fused
+from flux_nf4.model.arithmetic import possible_arithmetic, set_arithmetic
+from flux_nf4.model.blocks import QKNorm
+from flux_nf4.model.build import build_transformer
+from flux_nf4.model.config import FluxConfig
+from flux_nf4.model.fast_step import fused_step
+from flux_nf4.model.rope import rope_table
+from flux_nf4.model.transformer import FluxTransformer
+from flux_nf4.nf4 import eight_bit, ops, reference
+from flux_nf4.nf4.linear import NF4Linear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ARITHMETICS = ["bf16", "fp8", "int8"]
+# FLUX.1's widths, and ones that are no powers of two; batches and tokens that fill no tile.
+WIDTHS = [(24, 128), (3, 64)]
+BATCH, TOKENS = 2, 77
+
+
+def require(arithmetic: str) -> None:
+    if arithmetic not in possible_arithmetic(torch.device("cuda")):
+        pytest.skip(f"this device has no {arithmetic}")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1])).to(dtype).cuda()
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual.double() - exact.double()).norm() / exact.double().norm())
+
+
+def in_pytorch(monkeypatch: pytest.MonkeyPatch, call):
+    """What a function of `fused` gives without its kernel."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "kernels", lambda device_type: None)
+        return call()
+
+
+def assert_same_rows(ours, theirs) -> None:
+    if isinstance(theirs, torch.Tensor):
+        assert relative_error(ours, theirs) < FUSED_BF16
+        return
+    equal = ours.values.view(torch.uint8) == theirs.values.view(torch.uint8)
+    assert equal.float().mean() > EIGHT_BIT_EQUAL_SHARE
+    assert torch.allclose(ours.scale, theirs.scale, rtol=FUSED_BF16)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize(("heads", "channels"), WIDTHS)
+@torch.no_grad()
+def test_norm_equals_pytorch(monkeypatch, heads, channels, arithmetic):
+    require(arithmetic)
+    width = heads * channels
+    x, y = random(BATCH, TOKENS, width), random(BATCH, TOKENS, width)
+    shift, scale, gate = (random(1, 3 * width)).chunk(3, -1)
+    given = (shift, scale, arithmetic, (y, gate))
+    kept, theirs = in_pytorch(monkeypatch, lambda: fused.norm_modulate(x.clone(), *given))
+    changed, ours = fused.norm_modulate(x, *given)
+    assert_same_rows(ours, theirs)
+    assert relative_error(changed, kept) < FUSED_BF16
+
+
+@pytest.mark.parametrize(("heads", "channels"), WIDTHS)
+@torch.no_grad()
+def test_rotation_equals_pytorch(monkeypatch, heads, channels):
+    qkv = random(BATCH, TOKENS, 7 * heads * channels)[..., : 3 * heads * channels]
+    norm, rope = QKNorm(channels).cuda(), random(2, TOKENS, channels // 2, dtype=torch.float32)
+    ours, theirs = torch.zeros(2, 3, BATCH, TOKENS, heads, channels, device="cuda").bfloat16()
+    fused.norm_rotate_out(qkv, norm, rope, ours.unbind(0))
+    in_pytorch(monkeypatch, lambda: fused.norm_rotate_out(qkv, norm, rope, theirs.unbind(0)))
+    assert relative_error(ours, theirs) < FUSED_BF16
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize(("heads", "channels"), WIDTHS)
+@torch.no_grad()
+def test_join_equals_pytorch(monkeypatch, heads, channels, arithmetic):
+    require(arithmetic)
+    attended = random(BATCH, TOKENS, heads, channels)
+    inner = random(BATCH, TOKENS, 7 * heads * channels)[..., 3 * heads * channels :]
+    for given in ((attended, inner), (None, inner), (attended, None)):
+        theirs = in_pytorch(monkeypatch, lambda given=given: fused.join(*given, arithmetic))
+        assert_same_rows(fused.join(*given, arithmetic), theirs)
+
+
+@pytest.mark.parametrize("arithmetic", ["fp8", "int8"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(3072, 3072), (144, 192)])
+@torch.no_grad()
+def test_expansion_to_eight_bits_has_the_bytes_of_the_cpu(shape, nested, arithmetic):
+    require(arithmetic)
+    layer = NF4Linear(reference.quantize(random(*shape).cpu(), nested=nested))
+    layer.set_arithmetic(arithmetic)
+    dtype, inverse_N = eight_bit.eight_bit_dtype(arithmetic), layer.row_scales()[1]
+    expected = layer._expand_for_product(dtype, inverse_N)
+    on_gpu = layer.cuda()._expand_for_product(dtype, inverse_N.cuda())
+    assert torch.equal(on_gpu.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("arithmetic", ["fp8", "int8"])
+@pytest.mark.parametrize("num_rows", [1, 7, 130, 4608])
+@torch.no_grad()
+def test_product_equals_the_emulated_one(num_rows, arithmetic):
+    require(arithmetic)
+    layer = NF4Linear(reference.quantize(random(144, 192).cpu()), random(144).cpu()).cuda()
+    layer.set_arithmetic(arithmetic)
+    rows = eight_bit.quantize_rows(random(num_rows, 192), arithmetic)
+    scale_N, inverse_N = layer.row_scales()
+    w_NK = layer._expand_for_product(eight_bit.eight_bit_dtype(arithmetic), inverse_N)
+    operands = (w_NK, scale_N, layer.bias)
+    expected = eight_bit.multiply(rows.values, rows.scale, *operands, torch.float32)
+    assert relative_error(ops.multiply(rows, *operands, torch.bfloat16), expected) < (
+        EIGHT_BIT_PRODUCT[arithmetic] / 4
+    )
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    config = FluxConfig(
+        hidden_size=768, num_heads=6, num_double_blocks=2, num_single_blocks=3,
+        context_dim=256, pooled_dim=64,
+    )  # fmt: skip
+    with torch.device("meta"):
+        module = FluxTransformer(config)
+    generator = torch.Generator().manual_seed(0)
+    entries = {}
+    for name, parameter in module.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator) / 16
+        entries[name.partition(".")[2]] = reference.quantize(value) if value.ndim == 2 else value
+    component = Component(kind="transformer", entries=entries, source=Path("random"))
+    return build_transformer(component, device="cuda", dtype=torch.bfloat16).blocks
+
+
+def inputs(config, dtype=torch.bfloat16):
+    img, txt = random(BATCH, 20 * 13, config.in_channels), random(BATCH, 33, config.context_dim)
+    row = random(1, config.modulation_width)
+    return *(x.to(dtype) for x in (img, txt, row)), rope_table(33, 20, 13, config, "cuda")
+
+
+@torch.no_grad()
+def test_bfloat16_error_is_at_most_twice_that_of_the_plain_step(blocks):
+    exact = blocks.plain_step(*inputs(blocks.config, torch.float32))
+    given = inputs(blocks.config)
+    plain_error = relative_error(blocks.plain_step(*given), exact)
+    assert relative_error(fused_step(blocks, *given), exact) <= BF16_ERROR_RATIO * plain_error
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@torch.no_grad()
+def test_both_orders_of_heads_give_the_same(blocks, monkeypatch, heads_first):
+    given = inputs(blocks.config)
+    expected = blocks.plain_step(*given)
+    monkeypatch.setattr(attention, "HEADS_FIRST", heads_first)
+    assert relative_error(fused_step(blocks, *given), expected) < EIGHT_BIT_STEP["int8"]
+
+
+@pytest.mark.parametrize("arithmetic", ["fp8", "int8"])
+@torch.no_grad()
+def test_eight_bits_move_the_velocity_little(blocks, arithmetic):
+    require(arithmetic)
+    given = inputs(blocks.config)
+    exact = blocks.plain_step(*inputs(blocks.config, torch.float32))
+    set_arithmetic(blocks, arithmetic)
+    error = relative_error(fused_step(blocks, *given), exact)
+    set_arithmetic(blocks, "bf16")
+    assert error < EIGHT_BIT_STEP[arithmetic]
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@torch.no_grad()
+def test_a_captured_step_equals_an_eager_one(blocks, arithmetic):
+    require(arithmetic)
+    set_arithmetic(blocks, arithmetic)
+    given = inputs(blocks.config)
+    eager = [fused_step(blocks, *given) for _ in range(2)][-1]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fused_step(blocks, *given)
+    graph.replay()
+    set_arithmetic(blocks, "bf16")
+    assert torch.equal(captured, eager)

@@ -1,0 +1,73 @@
+"""Plans carried out on a real GPU: the same images under every budget, and the peak as planned."""
+
+import pytest
+import torch
+from tiny_pipeline import save_tiny_folder, tiny_parts
+
+from flux_nf4.memory.plan import smallest_budget
+from flux_nf4.pipeline.events import ImageDone, Notice
+from flux_nf4.pipeline.generate import GenerationRequest, generate, workload_of
+from flux_nf4.pipeline.load import LoadSettings, load_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+REQUEST = GenerationRequest(
+    prompt="a red cat", width=256, height=256, num_inference_steps=4, max_sequence_length=32
+)
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    parts = tiny_parts(num_double_blocks=10, num_single_blocks=30)
+    return save_tiny_folder(tmp_path_factory.mktemp("gpu") / "model", models=parts)
+
+
+def draw(path, **settings):
+    model = load_model(path, LoadSettings(device="cuda", **settings))
+    events = list(generate(model, REQUEST))
+    (image,) = (event.image.tobytes() for event in events if isinstance(event, ImageDone))
+    return model, image, [event.message for event in events if isinstance(event, Notice)]
+
+
+@pytest.mark.parametrize("path", ["many blocks", "demo"])
+@pytest.mark.parametrize("arithmetic", ["bf16", "auto"])
+def test_under_every_budget_the_image_is_the_same(folder, path, arithmetic):
+    path = folder if path == "many blocks" else None
+    roomy, expected, _ = draw(path, arithmetic=arithmetic)
+    least = smallest_budget(roomy.memory.inventory, workload_of(roomy, REQUEST))
+    for extra in (0, 2 * MIB, 10 * MIB, 50 * MIB):
+        for ram in (None, 0):
+            model, image, notices = draw(path, arithmetic=arithmetic, vram=least + extra, ram=ram)
+
+            assert image == expected
+            assert notices == []
+            plan = model.memory.plan
+            peak = model.memory.residency.device.peak_bytes()
+            assert peak <= plan.peak_bytes - plan.budget.context_bytes
+
+
+def test_another_image_is_the_same_again(folder):
+    """Slots are written again and again, while the arithmetic of the pass before may still run."""
+    roomy, expected, _ = draw(folder)
+    least = smallest_budget(roomy.memory.inventory, workload_of(roomy, REQUEST))
+    model, image, _ = draw(folder, vram=least)
+    for _ in range(10):
+        (again,) = (e.image.tobytes() for e in generate(model, REQUEST) if isinstance(e, ImageDone))
+        assert again == image == expected
+
+
+def test_memory_that_is_capped_lower_than_the_budget_is_made_do_with(folder):
+    _, expected, _ = draw(folder)
+    torch.cuda.empty_cache()
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(150 * MIB / total_bytes)
+    try:
+        _, image, notices = draw(folder, vram=4096 * MIB)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+    assert image == expected
+    assert all(notice.startswith("the device ran out of memory") for notice in notices)

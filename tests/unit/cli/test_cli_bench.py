@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+RECORD = {
+    "model", "settings", "date", "commit", "device", "versions", "schema", "kind", "name", "load_s",
+    "batch_size", "first", "warm", "step", "ceilings", "share", "error",
+}  # fmt: skip
+
+
+@pytest.fixture
+def bench(flux):
+    """`bench` of random weights at the demo's sizes, as small as it gets."""
+    return lambda *more: flux("bench", "--random", "tiny", "-s", "64", "--steps", "2", *more)
+
+
+def test_a_line_of_json_holds_everything_that_a_measurement_depends_on(bench):
+    (record,) = bench("--json").json_lines
+
+    assert record.keys() == RECORD
+
+
+def test_the_settings_are_those_that_were_run(bench):
+    (record,) = bench("--json", "-n", "2", "--arithmetic", "int8").json_lines
+    settings = record["settings"]
+
+    assert (settings["width"], settings["steps"], settings["batch"]) == (64, 2, 2)
+    assert settings["arithmetic"] == "int8"
+
+
+def test_results_are_appended_to_a_file(bench, tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"kind": "older"}\n')
+    bench("-o", str(path))
+
+    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+
+    assert kinds == ["older", "drawing"]
+
+
+def test_the_report_ends_with_the_ceilings(bench):
+    assert bench().out.splitlines()[-1].startswith("measured ceilings: ")
+
+
+def test_random_weights_are_called_so(bench):
+    assert "random weights" in bench().out.splitlines()[0]
+
+
+def test_a_model_and_random_weights_are_refused_together(flux):
+    ended = flux("bench", "-m", "demo", "--random", "tiny")
+
+    assert ended.exit_code == 2
+    assert "`--model` and `--random` are two models" in ended.err
+
+
+def test_a_missing_folder_is_found_before_anything_is_measured(bench, tmp_path):
+    ended = bench("-o", str(tmp_path / "absent" / "results.jsonl"))
+
+    assert (ended.exit_code, ended.out) == (7, "")
