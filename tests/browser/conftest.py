@@ -11,10 +11,10 @@ import pytest
 from live_server import live_server
 from playwright.sync_api import expect, sync_playwright
 
-# Debian, Fedora, and what Google ships; FLUX_NF4_BROWSER names any other.
+# Debian, Fedora, and what Google ships; TEST_BROWSER names any other.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NO_BROWSER = (
-    "no Chromium here: `apt-get install chromium`, or set FLUX_NF4_BROWSER to the path of one"
+    "no Chromium here: `apt-get install chromium`, or set TEST_BROWSER to the path of one"
 )
 # Longer than anything takes on a busy machine; nothing waits for it where all is well.
 PATIENCE_MS = 30_000
@@ -22,7 +22,7 @@ expect.set_options(timeout=PATIENCE_MS)
 
 
 def browser_path():
-    named = os.environ.get("FLUX_NF4_BROWSER")
+    named = os.environ.get("TEST_BROWSER")
     found = [named] if named else [path for name in BROWSERS if (path := shutil.which(name))]
     return found[0] if found else None
 
