@@ -263,7 +263,7 @@ def check_variant(checkpoint: Checkpoint) -> None:
         raise InputError(
             f"`{checkpoint.path}` is FLUX.1 {checkpoint.variant}, which needs an input image; "
             "that is not supported yet",
-            hint="use a text-to-image model: FLUX.1-dev, FLUX.1-schnell or one made from them",
+            hint="to start from an image, use FLUX.1-dev or FLUX.1-schnell with `--image`",
         )
 
 
