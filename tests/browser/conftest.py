@@ -13,9 +13,7 @@ from playwright.sync_api import expect, sync_playwright
 
 # Debian, Fedora, and what Google ships; TEST_BROWSER names any other.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-NO_BROWSER = (
-    "no Chromium here: `apt-get install chromium`, or set TEST_BROWSER to the path of one"
-)
+NO_BROWSER = "no Chromium here: `apt-get install chromium`, or set TEST_BROWSER to the path of one"
 # Longer than anything takes on a busy machine; nothing waits for it where all is well.
 PATIENCE_MS = 30_000
 expect.set_options(timeout=PATIENCE_MS)
