@@ -2,6 +2,7 @@
 
 ready           answers; the pixels of an image are its seed
 exit            dies before it is ready
+killed          is killed before it is ready
 unloadable      says that the model is missing, and dies
 mute            never says a word
 garbage         says what is no frame
@@ -157,6 +158,8 @@ def main(start, child_file=""):
     match start:
         case "exit":
             sys.exit("no such luck")
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         case "mute":
             sleep_for_ever()
         case "garbage":

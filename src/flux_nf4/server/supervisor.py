@@ -38,6 +38,8 @@ WORKER_COMMAND = (sys.executable, "-P", "-X", "faulthandler", "-m", "flux_nf4.se
 
 _LONGEST_PAUSE_S = 30.0
 _FAILURES_OF_A_LOOP = 3
+# Somebody's SIGKILL tells nothing of the model; the system's, for memory, comes again and again.
+_KILLS_FORGIVEN = 8
 _EXIT_TIMEOUT_S = 5.0
 _LAST_WORDS_TIMEOUT_S = 1.0
 _ENDS = ("done", "failed", "cancelled")
@@ -114,7 +116,7 @@ class Supervisor:
         self._deadline: asyncio.TimerHandle | None = None
         self._kill_reason: str | None = None
         self._is_cancelling = False
-        self._has_drawn = self._was_useful = False
+        self._has_drawn = self._was_useful = self._was_killed = False
         self._last_words: deque[str] = deque(maxlen=1)
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -174,13 +176,15 @@ class Supervisor:
         self._watch(self._settings.step_timeout_s, "it did not stop a cancelled job")
 
     async def _live(self) -> None:
-        num_failures = 0
+        num_failures = num_kills = 0
         while not self._stopping.is_set():
-            self._has_drawn = self._was_useful = False
+            self._has_drawn = self._was_useful = self._was_killed = False
             reason = await self._one_life()
             if self._stopping.is_set():
                 break
-            num_failures = 1 if self._was_useful else num_failures + 1
+            num_kills = num_kills + 1 if self._was_killed and not self._was_useful else 0
+            is_forgiven = self._was_useful or 0 < num_kills <= _KILLS_FORGIVEN
+            num_failures = 1 if is_forgiven else num_failures + 1
             self.num_restarts += 1
             self.state = "failed" if num_failures >= _FAILURES_OF_A_LOOP else "restarting"
             self.reason = reason
@@ -253,6 +257,7 @@ class Supervisor:
         code = await self._process.wait()
         if self._kill_reason is not None:
             return self._kill_reason
+        self._was_killed = code == -signal.SIGKILL
         if self.load_error is not None:
             return str(self.load_error["message"])
         last = f": {self._last_words[0]}" if self._last_words else ""

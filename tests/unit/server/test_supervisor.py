@@ -120,6 +120,16 @@ def test_a_worker_that_fails_over_and_over_is_called_failed():
     asyncio.run(claim())
 
 
+def test_a_worker_that_others_kill_while_it_loads_is_not_called_failed():
+    async def claim():
+        async with serving("killed") as engine:
+            for _ in range(5):
+                await heard(engine, "worker_restarted")
+            assert engine.status().workers[0].state != "failed"
+
+    asyncio.run(claim())
+
+
 def test_a_worker_that_is_not_ready_in_time_is_killed():
     async def claim():
         async with serving("mute", load_timeout_s=0.3) as engine:
