@@ -63,11 +63,14 @@ def test_whatever_computation_finds_no_room_the_image_comes(open_on, expected, s
 
 def test_memory_that_another_program_takes_is_given_up(open_on, expected):
     tried = budgets(open_on(FakeDevice()), wish())
+    frugal = FakeDevice()
+    draw(open_on(frugal, tried[0]), wish())
     device = FakeDevice()
     model = open_on(device, tried[-1])
     draw(model, wish("a dog"))
     kept = model.memory.plan
-    device.limit = device.peak // 2
+    # Peaks differ by what the mover's threads have in hand.
+    device.limit = max(device.peak // 2, int(1.2 * frugal.peak))
     images, notices = draw(model, wish())
 
     assert images == expected
