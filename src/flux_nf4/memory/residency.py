@@ -15,13 +15,14 @@ import contextlib
 import itertools
 import os
 import threading
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import PriorityQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -43,16 +44,23 @@ OWN = -1  # in place of a slot: a buffer of its own
 _RUNNING, _BACKGROUND = 0, 1
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class _Job:
-    """One unit on its way; jobs of the running phase first, each in the order of asking."""
+@dataclass(order=True, slots=True)
+class Move:
+    """One unit on its way; those of the running phase first, each in the order of asking."""
 
     rank: int
     number: int
     unit: str = field(compare=False)
-    target: Any = field(compare=False)
-    after: Any = field(compare=False)
-    moved: Future[Mark] = field(compare=False)
+    target: Tensor | None = field(compare=False)
+    after: Mark = field(compare=False)
+    moved: Future[Mark] = field(compare=False, default_factory=Future)
+
+    def call_off(self) -> bool:
+        """Forget the buffer -> whether that was in time. A queue may hold the move for long."""
+        if not self.moved.cancel():
+            return False
+        self.target = None
+        return True
 
 
 class Mover:
@@ -64,14 +72,14 @@ class Mover:
         self._host: dict[str, Tensor] = {}
         self._staging: deque[tuple[Tensor, Mark]] = deque()
         self._readers = ThreadPoolExecutor(min(NUM_READERS, os.cpu_count() or 1))
-        self._jobs: PriorityQueue[_Job] = PriorityQueue()
+        self._moves: PriorityQueue[Move] = PriorityQueue()
         self._numbers = itertools.count()
         self.moved_bytes = 0
-        threading.Thread(target=_work, args=(weakref.ref(self), self._jobs), daemon=True).start()
+        threading.Thread(target=_work, args=(weakref.ref(self), self._moves), daemon=True).start()
 
     def __del__(self) -> None:
-        """End the thread, which waits for a job."""
-        self._jobs.put(_Job(_RUNNING, -1, "", None, None, Future()))
+        """End the thread, which waits for a move."""
+        self._moves.put(Move(_RUNNING, -1, "", None, None))
         self._readers.shutdown(wait=False)
 
     def settle(self, homes: Mapping[str, str]) -> None:
@@ -83,45 +91,51 @@ class Mover:
         for name in leaving:
             del self._host[name]
 
-    def move(self, unit: str, target: Tensor, *, background: bool = False) -> Future[Mark]:
+    def move(self, unit: str, target: Tensor, *, background: bool = False) -> Move:
         """Fill a buffer with a unit, once the arithmetic asked for so far is done with it."""
-        moved: Future[Mark] = Future()
         rank = _BACKGROUND if background else _RUNNING
-        after = self._device.mark()
-        self._jobs.put(_Job(rank, next(self._numbers), unit, target, after, moved))
-        return moved
+        move = Move(rank, next(self._numbers), unit, target, self._device.mark())
+        self._moves.put(move)
+        return move
 
-    def do(self, job: _Job) -> None:
-        """Carry out one job; what goes wrong is told to whoever waits for it."""
-        if not job.moved.set_running_or_notify_cancel():
+    def do(self, move: Move) -> None:
+        """Carry out one move; what goes wrong is told to whoever waits for it.
+
+        Whoever waits finds that nothing here refers to the buffer any more: it may free it next.
+        """
+        if not move.moved.set_running_or_notify_cancel():
             return
         try:
             with torch.inference_mode(mode=False):
-                mark = self._moved(job)
+                mark = self._moved(move)
         except (FluxNF4Error, RuntimeError, OSError, MemoryError) as error:
-            job.moved.set_exception(error)
+            traceback.clear_frames(error.__traceback__)
+            move.target = None
+            move.moved.set_exception(error)
         else:
-            job.moved.set_result(mark)
+            move.target = None
+            move.moved.set_result(mark)
 
-    def _moved(self, job: _Job) -> Mark:
-        contents, home = self._contents[job.unit], self._homes.get(job.unit, "device")
+    def _moved(self, move: Move) -> Mark:
+        assert move.target is not None
+        contents, home = self._contents[move.unit], self._homes.get(move.unit, "device")
         num_bytes = contents.num_bytes
-        host = self._host.get(job.unit)
+        host = self._host.get(move.unit)
         if host is None and home in ("pinned", "pageable"):
             is_pinned = home == "pinned"
             host = self._device.pin(num_bytes) if is_pinned else _pageable(num_bytes)
             contents.fill(host, self._readers)
-            self._host[job.unit] = host
+            self._host[move.unit] = host
         self.moved_bytes += num_bytes
-        target = job.target[:num_bytes]
+        target = move.target[:num_bytes]
         if host is not None and home == "pinned":
-            return self._device.copy(target, host, after=job.after)
+            return self._device.copy(target, host, after=move.after)
         staging = self._next_staging()
         if host is None:
             contents.fill(staging, self._readers)
         else:
             staging[:num_bytes].copy_(host)
-        mark = self._device.copy(target, staging[:num_bytes], after=job.after)
+        mark = self._device.copy(target, staging[:num_bytes], after=move.after)
         self._staging.append((staging, mark))
         return mark
 
@@ -133,14 +147,14 @@ class Mover:
         return staging
 
 
-def _work(mover_ref: weakref.ref[Mover], jobs: PriorityQueue[_Job]) -> None:
-    # Between jobs the thread holds no reference, so that a model that is dropped is gone.
-    while (job := jobs.get()).unit:
+def _work(mover_ref: weakref.ref[Mover], moves: PriorityQueue[Move]) -> None:
+    # Between moves the thread holds no reference, so that a model that is dropped is gone.
+    while (move := moves.get()).unit:
         mover = mover_ref()
         if mover is None:
             return
-        mover.do(job)
-        del mover, job
+        mover.do(move)
+        del mover, move
 
 
 def _pageable(num_bytes: int) -> Tensor:
@@ -154,7 +168,7 @@ class _Running:
     ring: list[Tensor]
     free: deque[int]
     upcoming: deque[str]
-    ahead: deque[tuple[str, int, Future[Mark]]] = field(default_factory=deque)
+    ahead: deque[tuple[str, int, Move]] = field(default_factory=deque)
     views: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     loop: dict[str, Tensor] = field(default_factory=dict)
     slot: int | None = None
@@ -174,7 +188,7 @@ class Residency:
         self._mover = Mover(device, contents)
         self._placements: dict[str, Placement] = {}
         self._kept: dict[str, Tensor] = {}
-        self._pending: dict[str, Future[Mark]] = {}
+        self._pending: dict[str, Move] = {}
         self._running: _Running | None = None
         self.plan: Plan | None = None
         for each in contents.values():
@@ -267,16 +281,16 @@ class Residency:
             if unit not in self._kept:
                 self._take(running, unit)
             self._advance(running)
-        moved = self._pending.pop(unit, None)
-        if moved is not None:
-            self.device.wait(moved.result())
+        move = self._pending.pop(unit, None)
+        if move is not None:
+            self.device.wait(move.moved.result())
 
     def _take(self, running: _Running, unit: str) -> None:
         if unit in running.loop and (not running.ahead or running.ahead[0][0] != unit):
             return  # it has been there since the first step
-        expected, slot, moved = running.ahead.popleft()
+        expected, slot, move = running.ahead.popleft()
         assert expected == unit, f"{unit} was asked for before {expected}"
-        self.device.wait(moved.result())
+        self.device.wait(move.moved.result())
         contents = self._contents[unit]
         views = running.views.get((unit, slot))
         if views is None:
@@ -308,8 +322,8 @@ class Residency:
 
     def _finish(self, running: _Running) -> None:
         """Nothing of a phase is on its way any more, and no module refers to its buffers."""
-        for _, _, moved in running.ahead:
-            self._await(moved)
+        for _, _, move in running.ahead:
+            self._await(move)
         for unit in {unit for unit, _ in running.views}:
             self._contents[unit].take_away()
         scratch.release()
@@ -321,18 +335,18 @@ class Residency:
         self._pending[unit] = self._mover.move(unit, buffer, background=background)
 
     def _drop(self, unit: str) -> None:
-        moved = self._pending.pop(unit, None)
-        if moved is not None:
-            self._await(moved)
+        move = self._pending.pop(unit, None)
+        if move is not None:
+            self._await(move)
         self._contents[unit].take_away()
         del self._kept[unit]
 
-    def _await(self, moved: Future[Mark]) -> None:
+    def _await(self, move: Move) -> None:
         """Let no memory go that a copy still writes to."""
-        if moved.cancel():
+        if move.call_off():
             return
-        with contextlib.suppress(CancelledError, FluxNF4Error, RuntimeError, OSError, MemoryError):
-            self.device.wait(moved.result())
+        with contextlib.suppress(FluxNF4Error, RuntimeError, OSError, MemoryError):
+            self.device.wait(move.moved.result())
 
 
 _UNITS: dict[Phase, tuple[str, ...]] = {
