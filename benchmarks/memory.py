@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--part", choices=("all", "ours", "storages", "peers"), default="all")
+    parser.add_argument(
+        "--file", type=Path, help="all-in-one file to use, instead of random weights"
+    )
     parser.add_argument("--case", type=json.loads, help="one case, to standard output")
     options = parser.parse_args()
     if options.case is not None:
@@ -57,10 +60,11 @@ def main() -> None:
         return
     end = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "random.safetensors"
-        began = time.monotonic()
-        write_random_model(file, options.model)
-        _append(options.output, {"case": "write", "seconds": time.monotonic() - began})
+        file = options.file or Path(folder) / "random.safetensors"
+        if options.file is None:
+            began = time.monotonic()
+            write_random_model(file, options.model)
+            _append(options.output, {"case": "write", "seconds": time.monotonic() - began})
         shared = {"model": options.model, "device": options.device, "steps": options.steps}
         for case in cases(options.part, shared | {"file": str(file), "folder": folder}):
             left = end - time.monotonic()

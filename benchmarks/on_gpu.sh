@@ -14,7 +14,7 @@ commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 
 stage() {
     case $1 in
-    tests) python3 -m pytest tests/gpu -q -n 6 -p no:cacheprovider --color=no -rfE ;;
+    tests) python3 -m pytest tests/gpu -q -n 6 -p no:cacheprovider -p no:benchmark --color=no -rfE ;;
     kernels) python3 -m benchmarks.kernels ;;
     step) python3 -m benchmarks.step --out "$out" --limit "$2" --commit "$commit" ${SECTIONS:+--only "$SECTIONS"} ;;
     memory) python3 -m benchmarks.memory "$out/memory.jsonl" --seconds "$2" ${PART:+--part "$PART"} ;;

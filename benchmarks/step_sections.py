@@ -22,6 +22,7 @@ from flux_nf4.model import attention, fused
 from flux_nf4.model.arithmetic import possible_arithmetic, set_arithmetic
 from flux_nf4.model.rope import rope_table
 from flux_nf4.model.sizes import flux_config
+from flux_nf4.model.step_graph import StepGraph
 from flux_nf4.nf4 import eight_bit, ops
 from flux_nf4.nf4.linear import NF4Linear
 from flux_nf4.pipeline.benchmark import MemoryPeak, draw, measure_drawing, spread
@@ -41,6 +42,7 @@ _SHAPES = {
     "tiny": ((128, 1), (64, 1), (128, 2)),
 }
 _STEPS = {"flux1-dev": 28, "tiny": 4}
+_PROFILED_STEPS = 5
 _CAPPED_BYTES = int(6.5 * 2**30)
 
 
@@ -101,6 +103,7 @@ class Stepper:
         with torch.inference_mode(), model.memory.phase("modulation", num_passes=2):
             self.row = self.condition(model.dtype)
             self.exact_row = self.condition(torch.float32)
+        self.predict: Callable[..., torch.Tensor] = model.transformer.blocks
 
     def condition(self, dtype: torch.dtype) -> torch.Tensor:
         """The modulation of this step, of the first image's text."""
@@ -111,7 +114,7 @@ class Stepper:
     def step(self) -> torch.Tensor:
         """The velocity."""
         inputs = self.inputs
-        return self.model.transformer.blocks(inputs.img, inputs.txt, self.row, self.rope)
+        return self.predict(inputs.img, inputs.txt, self.row, self.rope)
 
     @torch.inference_mode()
     def conditioned_step(self) -> torch.Tensor:
@@ -131,15 +134,21 @@ class Stepper:
         finally:
             set_arithmetic(self.model.transformer.blocks, arithmetic)
 
-    def measured(self, call: Callable[[], torch.Tensor] | None = None) -> dict[str, Any]:
+    def measured(
+        self, call: Callable[[], torch.Tensor] | None = None, *, is_graph: bool = True
+    ) -> dict[str, Any]:
         """Seconds of a step, and its peak of memory."""
         call = call or self.step
-        device = self.model.device
+        device, blocks = self.model.device, self.model.transformer.blocks
         with self.model.memory.phase("denoise"):
+            if is_graph and device.type == "cuda" and self.model.memory.is_still:
+                self.predict = StepGraph(blocks, device, is_roomy=False)
+                call()
             call()  # compiles, and measures attention
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             step = asdict(spread(timed_calls(call, device, self.budget_s)))
+            self.predict = blocks
         peak = asdict(MemoryPeak.now(device)) if device.type == "cuda" else None
         return {"step": step, "peak": peak, "error": None}
 
@@ -243,7 +252,7 @@ def _waterfall(setting: Setting, model: Any, arithmetic: str) -> Iterator[dict[s
     for name in (*tricks, "nothing"):  # twice, as clocks drift: the last counts
         try:
             with tricks[name]() as call:
-                record = stepper.measured(call)
+                record = stepper.measured(call, is_graph=name != "graph")
                 with model.memory.phase("denoise"):
                     error = relative_error((call or stepper.step)(), exact)
         except FAILURES as failure:
@@ -263,6 +272,7 @@ def _tricks(stepper: Stepper) -> dict[str, Callable[[], Any]]:
 
     tricks: dict[str, Callable[[], Any]] = {
         "nothing": lambda: contextlib.nullcontext(None),
+        "graph": lambda: contextlib.nullcontext(None),
         "modulation table": lambda: contextlib.nullcontext(stepper.conditioned_step),
         "cuDNN attention": swap(attention, "_fastest_backend", lambda *_: flash),
         "flash attention": swap(attention, "_fastest_backend", lambda *_: cudnn),
@@ -278,7 +288,7 @@ def _tricks(stepper: Stepper) -> dict[str, Callable[[], Any]]:
     for name in ("norm_modulate", "norm_rotate_out", "join"):
         tricks[f"fused {name}"] = swap(fused, name, _without_kernels(getattr(fused, name)))
     if stepper.model.arithmetic == "int8":  # the kernels of fp8, but for two
-        return {name: tricks[name] for name in ("nothing", "all fused kernels")}
+        return {name: tricks[name] for name in ("nothing", "graph", "all fused kernels")}
     if stepper.model.arithmetic == "fp8":
         tricks["fast accumulation"] = swap(ops, "FAST_ACCUMULATION", value=False)
     return tricks
@@ -296,6 +306,37 @@ def _without_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments)
 
     return plain
+
+
+def profile(setting: Setting) -> Iterator[dict[str, Any]]:
+    """Which kernels a step consists of, and what each takes on the device."""
+    for arithmetic in possible_arithmetic(resolve_device(setting.device)):
+        model = setting.load(arithmetic=arithmetic)
+        for side, batch in setting.shapes[:2]:
+            stepper = Stepper(setting, model, side, batch)
+            with model.memory.phase("denoise"):
+                for name, call in _profiled(stepper).items():
+                    record = {"kind": "profile", "arithmetic": arithmetic, "side": side}
+                    yield record | {"name": name, "kernels": call, "error": None}
+
+
+def _profiled(stepper: Stepper) -> dict[str, Any]:
+    device = stepper.model.device
+    if device.type != "cuda":
+        return {}
+    stepper.predict = StepGraph(stepper.model.transformer.blocks, device, is_roomy=True)
+    for _ in range(20):  # the clocks settle
+        stepper.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(_PROFILED_STEPS):
+            stepper.step()
+        torch.cuda.synchronize()
+    kernels = {
+        each.key[:160]: [each.count / _PROFILED_STEPS, each.device_time_total / _PROFILED_STEPS]
+        for each in sorted(found.key_averages(), key=lambda each: -each.device_time_total)
+    }
+    return {"graph": kernels}
 
 
 def no_rotation(setting: Setting) -> Iterator[dict[str, Any]]:
@@ -419,6 +460,7 @@ SECTIONS = {
     "warm start fp8": Section(_if_possible(drawing, "fp8", rest=False), 60),
     "no rotation": Section(no_rotation, 60),
     "kernels": Section(kernels, 60),
+    "profile": Section(profile, 90),
     "capped": Section(capped, 60),
     "demo": Section(demo, 60),
     "other peers": Section(other_peers, 120),

@@ -6,6 +6,7 @@ killed          is killed before it is ready
 unloadable      says that the model is missing, and dies
 mute            never says a word
 garbage         says what is no frame
+planned         ready, with a plan for memory: it needs 1 GiB, and dies of a budget of 1 byte
 child           ready, with a process of its own that outlives it unless its group is killed
 
 hold PATH       one step, then waits: for a cancel, or for a writer at the pipe PATH
@@ -69,6 +70,21 @@ def die():
 def wait_until_taken():
     while (order := read_frame(ORDERS)) is not None and order["kind"] != "taken":
         pass
+
+
+def memory(vram):
+    plan = [{"name": "denoise", "peak_bytes": 2**30}]
+    sizes = {"device_bytes": vram or 8 * 2**30, "total_bytes": 12 * 2**30, "step_bytes": 0}
+    return {"vram": vram, **sizes, "plan": plan}
+
+
+def answer_for_budget(vram):
+    if vram == 1:
+        die()
+    if vram is None or vram >= 2**30:
+        return send("memory", memory=memory(vram), error=None)
+    error = {"message": "it needs 1,024 MiB", "hint": "allow 1024MiB", "class": "DoesNotFitError"}
+    return send("memory", memory=None, error=error)
 
 
 def draw(order, shared):
@@ -148,6 +164,8 @@ def hold(job, path):
                 order = read_frame(ORDERS)
                 if order is None:
                     os._exit(0)
+                if order["kind"] == "memory":
+                    answer_for_budget(order["vram"])
                 if order["kind"] == "cancel" and order["job"] == job:
                     send("cancelled", job=job)
                     return False
@@ -179,10 +197,13 @@ def main(start, child_file=""):
     is_all = settings["device"] == "all"
     send("loading", stage="weights")
     send("hello", device="cuda:0" if is_all else "cpu", num_devices=3 if is_all else 1)
-    send("ready", capabilities=CAPABILITIES)
+    planned = memory(settings["vram"]) if start == "planned" else None
+    send("ready", capabilities=CAPABILITIES | {"memory": planned})
     while (order := read_frame(ORDERS)) is not None:
         if order["kind"] == "job":
             draw(order, settings["shared_memory"])
+        elif order["kind"] == "memory":
+            answer_for_budget(order["vram"])
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ class FakeEngine:
         self.is_draining = False
         self.reason = None
         self.load_error = None
+        self.supervisors = []
         self.cancel_causes = {}
         self._jobs = {}
         self._waiting = deque()
@@ -302,6 +303,41 @@ class FakeEngine:
     def _tell(self, name, **facts):
         for observer in self.on_event:
             observer(name, **facts)
+
+
+class FakeSupervisor:
+    """A worker of whose memory a plan is made; `fault` is what it answers the next time."""
+
+    def __init__(self):
+        self.fault = None
+        self.budgets = []
+
+    async def set_memory(self, vram):
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise fault
+        self.budgets.append(vram)
+        return fake_memory(vram)
+
+
+def fake_memory(vram=None):
+    """The plan for a device of 12 GB, of which 10 are free."""
+    names = {"text": 3, "modulation": 3, "denoise": 5, "decode": 4}
+    device_bytes = vram or 10 * 2**30
+    return {
+        "vram": vram,
+        "device_bytes": device_bytes,
+        "total_bytes": 12 * 2**30,
+        "step_bytes": max(0, 8 * 2**30 - device_bytes),
+        "plan": [{"name": name, "peak_bytes": size * 2**30} for name, size in names.items()],
+    }
+
+
+def planned_engine(num_workers=1):
+    """A fake engine whose device has a plan for its memory."""
+    engine = FakeEngine(capabilities=fake_capabilities(device="cuda:0", memory=fake_memory()))
+    engine.supervisors = [FakeSupervisor() for _ in range(num_workers)]
+    return engine
 
 
 def _shutdown():

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flux_nf4.cli.console import print_data, print_json, print_note, print_plain
 from flux_nf4.cli.generate import requested_size
-from flux_nf4.cli.memory_size import memory_text, parse_memory
 from flux_nf4.cli.options import option
 from flux_nf4.cli.progress import make_progress
 from flux_nf4.cli.settings import Settings
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import DiskError, InputError
+from flux_nf4.memory.amounts import memory_text, parse_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

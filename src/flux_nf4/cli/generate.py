@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from flux_nf4.cli.console import print_note
 from flux_nf4.cli.drawing import Drawing
-from flux_nf4.cli.memory_size import parse_limit
 from flux_nf4.cli.names import plan_destination
 from flux_nf4.cli.options import argument, option, shortened
 from flux_nf4.cli.progress import make_progress
@@ -25,6 +24,7 @@ from flux_nf4.cli.source import Source, read_source
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.cli.words import load_words
 from flux_nf4.errors import InputError
+from flux_nf4.memory.amounts import parse_limit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from flux_nf4 import __version__
 from flux_nf4.cli.console import print_plain
-from flux_nf4.cli.memory_size import parse_limit
 from flux_nf4.cli.server_settings import ServerSettings
 from flux_nf4.cli.signals import EXIT_CODES
 from flux_nf4.cli.verb import Verb, debug_option
 from flux_nf4.errors import InputError, ModelNotFoundError
+from flux_nf4.memory.amounts import parse_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

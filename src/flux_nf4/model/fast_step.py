@@ -145,9 +145,8 @@ def _single(
         block.linear1, stream.norm_modulate(shift_BH, scale_BH, block.linear1), dtype
     )
     qkv, inner = projected.split(block.widths, dim=-1)
-    q, k = (_heads_out(block, stream.x, num_tokens) for _ in range(2))
-    fused.norm_rotate_out(qkv, block.norm, rope_2SF, (q, k, None))
-    v = qkv.unflatten(-1, (3, *q.shape[2:]))[:, :, 2]
+    q, k, v = (_heads_out(block, stream.x, num_tokens) for _ in range(3))
+    fused.norm_rotate_out(qkv, block.norm, rope_2SF, (q, k, v))
     rows = fused.join(attend(q, k, v), inner, arithmetic_of(block.linear2))
     stream.update = project(block.linear2, rows, dtype), gate_BH
 

@@ -17,12 +17,18 @@ from torch import Tensor
 
 from flux_nf4.model.blocks import EPSILON
 from flux_nf4.nf4.eight_bit import LARGEST, Arithmetic, QuantizedRows, eight_bit_dtype
-from flux_nf4.nf4.triton_kernels import on_device, rotate64, round_int8
+from flux_nf4.nf4.triton_kernels import (
+    has_own_instructions,
+    on_device,
+    rotate64,
+    round_int8,
+)
 
-# To be tuned on a device: warps of each kernel; of `join` by the padded values of a row.
+# Measured on an H200 (`benchmarks.kernels`): warps of each kernel; of `join` by the padded values
+# of a row and the bytes of one that is written.
 NORM_WARPS = 4
 ROTATE_WARPS = 4
-VALUES_PER_JOIN_WARP = 1024
+VALUES_PER_JOIN_WARP = {1: 2048, 2: 1024, 4: 1024}
 MAX_WARPS = 16
 
 # As `eight_bit`: smaller values count as zeros, since their reciprocal would overflow.
@@ -184,17 +190,28 @@ def norm_rotate_out(
 
 
 @triton.jit
-def _gelu(x):
-    """Half of x * (1 + tanh(u)), which is x * sigmoid(2 * u)."""
+def _gelu(x, HAS_TANH: tl.constexpr):
+    """Half of x * (1 + tanh(u)), which is x * sigmoid(2 * u).
+
+    The GPU's own tanh, true to 5e-4, is for rows that are about to be rounded to 8 bits: exponent
+    and division are two of the rare units' instructions, and took longer than the bytes' way.
+    """
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-2.0 * u))
+    if HAS_TANH:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
+        out = 0.5 * x * (1.0 + tanh)
+    else:
+        out = x / (1.0 + tl.exp(-2.0 * u))
+    return out
 
 
 @triton.jit
 def _join_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     attended_BSND, inner_BSX, out, scale_out,
     num_tokens, a_batch, a_token, a_head, inner_batch, inner_token,
-    LARGEST: tl.constexpr, D: tl.constexpr,
+    LARGEST: tl.constexpr, HAS_TANH: tl.constexpr, D: tl.constexpr,
     A_WIDTH: tl.constexpr, A_SIZE: tl.constexpr, X_WIDTH: tl.constexpr, X_SIZE: tl.constexpr,
 ):  # fmt: skip
     """One token of `join`; a part that is missing has width 0."""
@@ -213,7 +230,7 @@ def _join_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     if X_WIDTH:
         place = batch * inner_batch + token * inner_token + x_i
         inner = tl.load(inner_BSX + place, mask=x_i < X_WIDTH, other=0.0).to(tl.float32)
-        inner = _turn(_gelu(inner), out, X_SIZE)
+        inner = _turn(_gelu(inner, HAS_TANH), out, X_SIZE)
         largest = tl.maximum(largest, tl.max(tl.abs(inner)))
         total += tl.sum(inner)
     inverse = _row_scale(scale_out, row, largest, total, LARGEST)
@@ -241,20 +258,21 @@ def join(
             attended, inner, out, scale,
             out.shape[1], *attended.stride()[:3], *inner.stride()[:2],
             LARGEST=largest,
+            HAS_TANH=bool(largest) and has_own_instructions(_join_kernel),
             D=attended.shape[-1],
             A_WIDTH=a_width,
             A_SIZE=a_size,
             X_WIDTH=x_width,
             X_SIZE=x_size,
-            num_warps=join_warps(a_size, x_size),
+            num_warps=join_warps(a_size, x_size, out.itemsize),
             enable_fp_fusion=False,
         )  # fmt: skip
     return _rows(out, scale, largest)
 
 
-def join_warps(a_size: int, x_size: int) -> int:
+def join_warps(a_size: int, x_size: int, out_bytes: int) -> int:
     """Warps of `_join_kernel`, a power of two."""
-    return min(MAX_WARPS, max(4, max(a_size, x_size) // VALUES_PER_JOIN_WARP))
+    return min(MAX_WARPS, max(4, max(a_size, x_size) // VALUES_PER_JOIN_WARP[out_bytes]))
 
 
 def _padded(width: int) -> int:

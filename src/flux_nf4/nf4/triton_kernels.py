@@ -9,34 +9,40 @@ and only where a GPU is at hand.
 A program expands `GROUP` blocks. Interleaving the two nibbles of a byte keeps values in the
 registers of the thread that loaded the byte, so stores are as wide as loads allow.
 
+A block has 16 values only. To e4m3 a thread works those out once, 16 bytes in four registers, and
+then picks bytes by code, four in three instructions (`_picking`): looking up and rounding each
+value took longer than its bytes' way through memory, 0.67 of a copy's speed.
+
 Shape letters, in this module only:
     N  out features     S  block size             P  bytes, N*K / 2
     K  in features      G  blocks, N*K / S        M  tokens
 """
 
 import functools
+import struct
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from flux_nf4.nf4.codec import levels
 
-# To be tuned on a device. Values per program and warps of the expansion: 16 values a thread.
-VALUES_PER_PROGRAM = 2048
-EXPAND_WARPS = 4
+# Measured on an H200 (`benchmarks.kernels`): values per program and warps of the expansion.
+VALUES_PER_PROGRAM = 4096
+EXPAND_WARPS = 2
 # Rows, columns, depth, warps, stages of the int8 product, by compute capability (the largest
 # entry that is not above the device's). Shared memory bounds them: 227 KiB on Hopper, 99 KiB on
 # consumer cards, of which `stages` tiles of (rows + columns) * depth bytes must fit.
 INT8_TILES = {
     (8, 0): (128, 128, 64, 4, 4),
-    (9, 0): (128, 256, 128, 8, 3),
+    (9, 0): (128, 128, 128, 4, 3),
     (12, 0): (128, 128, 64, 4, 4),
 }
 # Row tiles that share their columns while these lie in the second-level cache.
-INT8_GROUP = 8
+INT8_GROUP = 16
 
 
 @triton.jit
@@ -68,6 +74,7 @@ def _expand_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     blocks_per_row,
     NESTED_BLOCK_SIZE: tl.constexpr,
     IS_SCALED: tl.constexpr,
+    PICKING: tl.constexpr,  # instructions, or empty
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -86,20 +93,90 @@ def _expand_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     if IS_SCALED:
         absmax *= tl.load(inverse_scale_N + block // blocks_per_row, mask=mask, other=0.0)
 
+    if PICKING != "":
+        _store_picked(
+            codes_P, absmax[:, None], out_NK, block[:, None], mask[:, None], PICKING, BLOCK_SIZE
+        )
+    else:
+        _store_looked_up(
+            codes_P, absmax, levels16, out_NK, block[:, None], mask[:, None], GROUP, BLOCK_SIZE
+        )
+
+
+@triton.jit
+def _store_looked_up(
+    codes_P, absmax, levels16, out_NK, block, mask, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """Each code's level, times its block's absmax; for int8 rotated and rounded."""
     half: tl.constexpr = BLOCK_SIZE // 2
-    byte_offset = block[:, None] * half + tl.arange(0, half)[None, :]
-    byte = tl.load(codes_P + byte_offset, mask=mask[:, None], other=0).to(tl.int32)
+    byte = tl.load(codes_P + block * half + tl.arange(0, half)[None, :], mask=mask, other=0)
+    byte = byte.to(tl.int32)
     high = tl.load(levels16 + (byte >> 4)) * absmax[:, None]
     low = tl.load(levels16 + (byte & 15)) * absmax[:, None]
     value = tl.interleave(high, low)
-
-    offset = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    place = out_NK + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     if out_NK.dtype.element_ty == tl.int8:
         rows: tl.constexpr = GROUP * BLOCK_SIZE // 64
         turned = tl.reshape(rotate64(tl.reshape(value, [rows, 64]), rows), [GROUP, BLOCK_SIZE])
-        tl.store(out_NK + offset, round_int8(turned * 0.125), mask=mask[:, None])
+        tl.store(place, round_int8(turned * 0.125), mask=mask)
     else:
-        tl.store(out_NK + offset, value.to(out_NK.dtype.element_ty), mask=mask[:, None])
+        tl.store(place, value.to(out_NK.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_picked(
+    codes_P, absmax, out_NK, block, mask, PICKING: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """16 values of a block by one thread: 8 bytes of codes in, 16 of e4m3 out."""
+    pieces: tl.constexpr = BLOCK_SIZE // 16
+    place = block * pieces + tl.arange(0, pieces)[None, :]
+    codes = tl.load(codes_P.to(tl.pointer_type(tl.int64)) + place, mask=mask, other=0)
+    first, second = tl.inline_asm_elementwise(
+        PICKING, "=l,=l,l,f", [codes, absmax], dtype=(tl.int64, tl.int64), is_pure=True, pack=1
+    )
+    out = out_NK.to(tl.pointer_type(tl.int64))
+    place = place[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    tl.store(out + place, tl.join(first, second), mask=mask[:, :, None])
+
+
+@functools.cache
+def _picking(quant_type: str) -> str:
+    """PTX from 8 bytes of codes $2 and their absmax $3 to 16 values of e4m3, in order: $0 and $1.
+
+    A register of four table entries is half of what `prmt` picks from, by the lower three bits of
+    a code; the highest bit picks between two such results. In a byte the first value's code is
+    the upper half, hence the last pick changes the places of two neighbours.
+    """
+    lines = [".reg .b32 t<4>, lo, hi, w, m, n, a, b;", ".reg .f32 f<16>;", ".reg .b16 h<8>;"]
+    lines.append("mov.b64 {lo, hi}, $2;")
+    for code, level in enumerate(levels(quant_type).tolist()):
+        bits = int.from_bytes(struct.pack(">f", level))
+        lines.append(f"mul.rn.f32 f{code}, $3, 0f{bits:08X};")
+    lines += [f"cvt.rn.satfinite.e4m3x2.f32 h{i}, f{2 * i + 1}, f{2 * i};" for i in range(8)]
+    lines += [f"mov.b32 t{i}, {{h{2 * i}, h{2 * i + 1}}};" for i in range(4)]
+    for out, word in (("$0", "lo"), ("$1", "hi")):
+        lines.append(f"and.b32 m, {word}, 0x77777777;")
+        # The highest bit of each code, moved to where its neighbour's place is chosen.
+        lines += [f"shr.b32 a, {word}, 5;", "and.b32 a, a, 0x04040404;"]
+        lines += [f"shl.b32 b, {word}, 3;", "and.b32 b, b, 0x40404040;"]
+        lines += ["or.b32 n, a, b;", "or.b32 n, n, 0x23012301;"]
+        for half in ("a", "b"):
+            lines += ["prmt.b32 w, t0, t1, m;", f"prmt.b32 {half}, t2, t3, m;"]
+            lines += [f"prmt.b32 {half}, w, {half}, n;", "shr.b32 m, m, 16;", "shr.b32 n, n, 16;"]
+        lines.append(f"mov.b64 {out}, {{a, b}};")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _can_pick(codes_P: Tensor, out_NK: Tensor) -> bool:
+    is_aligned = codes_P.data_ptr() % 8 == 0 and out_NK.data_ptr() % 8 == 0
+    return (
+        out_NK.dtype == torch.float8_e4m3fn and is_aligned and has_own_instructions(_expand_kernel)
+    )
+
+
+def has_own_instructions(kernel: object) -> bool:
+    """Whether a kernel runs on a GPU of NVIDIA's, and may hold instructions in their own words."""
+    return torch.version.hip is None and not isinstance(kernel, InterpretedFunction)
 
 
 @functools.cache
@@ -139,6 +216,7 @@ def expand_into(
             max(1, out_NK.shape[-1] // block_size),
             NESTED_BLOCK_SIZE=nested_block_size if len(absmax) > 1 else 0,
             IS_SCALED=inverse_scale_N is not None,
+            PICKING=_picking(quant_type) if _can_pick(codes_P, out_NK) else "",
             GROUP=group,
             BLOCK_SIZE=block_size,
             num_warps=EXPAND_WARPS,

@@ -21,6 +21,7 @@ import torch
 from flux_nf4.errors import Cancelled, ShapeError
 from flux_nf4.memory.activations import Workload
 from flux_nf4.model.rope import rope_table
+from flux_nf4.model.step_graph import LEAST_CALLS, StepGraph
 from flux_nf4.pipeline.conditioning import (
     Conditioning,
     condition,
@@ -237,23 +238,33 @@ class _Loop:
         """
         memory, num_steps = self.model.memory, self.request.num_steps
         x_BLD, step = self._noised_image(self.sigmas[0]), 0
+        predict: Callable[..., Tensor] | None
         while True:
             try:
                 num_passes = (num_steps - step) * len(self.conditionings)
                 with memory.phase("denoise", num_passes=num_passes):
-                    rope = self._rope()
+                    predict = partial(self._predictor(num_passes), rope_2SF=self._rope())
                     while step < num_steps:
                         _stop_if(is_cancelled)
-                        x_BLD, done = self._step(x_BLD, step, rope, on_step)
+                        x_BLD, done = self._step(x_BLD, step, predict, on_step)
                         step += 1
                         yield done
             except torch.OutOfMemoryError:
                 pass  # the error holds memory as long as it is known
+            predict = None  # and so does a graph
             if step == num_steps:
                 return x_BLD
             yield Notice(message=memory.shrink())
             if (memory.batch_size or len(x_BLD)) < len(x_BLD):
                 return None
+
+    def _predictor(self, num_passes: int) -> Callable[..., Tensor]:
+        """The blocks, or a graph of them where they repeat unchanged often enough."""
+        model = self.model
+        is_graph = model.device.type == "cuda" and model.memory.is_still
+        if not is_graph or num_passes < LEAST_CALLS:
+            return model.transformer.blocks
+        return StepGraph(model.transformer.blocks, model.device, is_roomy=model.memory.is_roomy)
 
     def _rope(self) -> Tensor:
         model, request = self.model, self.request
@@ -265,11 +276,11 @@ class _Loop:
         )
 
     def _step(
-        self, x_BLD: Tensor, step: int, rope: Tensor, on_step: StepHook | None
+        self, x_BLD: Tensor, step: int, predict: Callable[..., Tensor], on_step: StepHook | None
     ) -> tuple[Tensor, StepDone]:
         """One step from latents to latents; what came in stays as it is."""
         request, sigmas, num_steps = self.request, self.sigmas, self.request.num_steps
-        v_BLD = self._velocity(x_BLD, step, rope)
+        v_BLD = self._velocity(x_BLD, step, predict)
         require_finite(v_BLD, "denoise", f"step {step + 1} of {num_steps}")
         picture = None
         if _is_shown(step, num_steps, request.num_previews):
@@ -294,14 +305,13 @@ class _Loop:
         mask_1LD = self.source.latent_mask
         return mask_1LD * x_BLD + (1 - mask_1LD) * self._noised_image(sigma)
 
-    def _velocity(self, x_BLD: Tensor, step: int, rope: Tensor) -> Tensor:
+    def _velocity(self, x_BLD: Tensor, step: int, predict: Callable[..., Tensor]) -> Tensor:
         # Two passes for true guidance, not one of twice the batch: no more memory than without.
         velocities = [
-            self.model.transformer.blocks(
+            predict(
                 x_BLD.to(self.model.dtype),
                 conditioning.txt.expand(len(x_BLD), -1, -1),
                 conditioning.table[step],
-                rope,
             )
             for conditioning in self.conditionings
         ]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from flux_nf4.errors import DoesNotFitError
+from flux_nf4.errors import DoesNotFitError, InputError
 from flux_nf4.memory.activations import Workload
 from flux_nf4.memory.budget import CONTEXT_BYTES, DESKTOP_BYTES, SLACK_BYTES, Budget
 from flux_nf4.memory.checkpoint_inventory import component_entries
@@ -75,15 +75,44 @@ class ModelMemory:
         self,
         residency: Residency | None = None,
         inventory: Inventory | None = None,
-        budget: Budget | None = None,
+        *,
+        free_bytes: int | None = None,
+        ram: int | None = None,
     ) -> None:
         self.texts = TextCache()
         self.residency = residency
-        self.inventory, self._budget = inventory, budget
+        self.inventory, self._free_bytes, self._ram = inventory, free_bytes, ram
+        self._budget: Budget | None = None
         self._workload: Workload | None = None
         self._phases: set[Phase] = set()
         self._was_least = False
         self.plan: Plan | None = None
+
+    def plan_within(self, vram: int | None, workload: Workload) -> Plan:
+        """The plan that `set_budget` would lead to; nothing changes, and any thread may ask.
+
+        Raises:
+            DoesNotFitError: there is none.
+            InputError: `vram` is None, and the device does not tell what is free.
+        """
+        assert self.inventory is not None
+        return make_plan(self.inventory, workload, self._budget_of(vram))
+
+    def set_budget(self, vram: int | None) -> None:
+        """Keep to another budget from the next image on; `vram` None: what was free at the start.
+
+        Raises:
+            InputError: as `plan_within`.
+        """
+        self._budget, self.plan = self._budget_of(vram), None
+
+    def _budget_of(self, vram: int | None) -> Budget:
+        if vram is not None:
+            return Budget(device_bytes=vram, context_bytes=CONTEXT_BYTES, host_bytes=self._ram)
+        if self._free_bytes is None:
+            raise InputError("this device does not tell how much is free", hint="name an amount")
+        device_bytes = self._free_bytes - DESKTOP_BYTES
+        return Budget(device_bytes=device_bytes, context_bytes=0, host_bytes=self._ram)
 
     @property
     def batch_size(self) -> int | None:
@@ -116,6 +145,20 @@ class ModelMemory:
         self.residency.adopt(self.plan)
         with self.residency.phase(name, num_passes=num_passes):
             yield
+
+    @property
+    def is_still(self) -> bool:
+        """Whether the weights of a step stay where they are from its first pass on."""
+        return self.plan is not None and self.plan.step_bytes == 0
+
+    @property
+    def is_roomy(self) -> bool:
+        """Whether the budget has room for a step's activations once more."""
+        if self.plan is None:
+            return False
+        (denoise,) = (each for each in self.plan.phases if each.name == "denoise")
+        twice = denoise.peak_bytes + denoise.working_bytes
+        return twice <= self.plan.budget.device_bytes
 
     def shrink(self) -> str:
         """Let everything go and plan for less than what has just run out -> what to tell about it.
@@ -206,11 +249,6 @@ def manage(
     entries = component_entries(components)
     inventory = take_inventory(name, entries, compute_bytes=dtype.itemsize)
     free_bytes = device.free_bytes()
-    if vram is not None:
-        budget = Budget(device_bytes=vram, context_bytes=CONTEXT_BYTES, host_bytes=ram)
-    else:
-        assert free_bytes is not None
-        budget = Budget(device_bytes=free_bytes - DESKTOP_BYTES, context_bytes=0, host_bytes=ram)
     try:
         residency = Residency(device, contents)
     except torch.OutOfMemoryError as error:
@@ -218,7 +256,9 @@ def manage(
             f"the device has no room for {name}", hint="close what else uses it"
         ) from error
     _watch(residency, {kind: module for kind, (module, _) in parts.items()})
-    return ModelMemory(residency, weigh(inventory, contents), budget)
+    memory = ModelMemory(residency, weigh(inventory, contents), free_bytes=free_bytes, ram=ram)
+    memory.set_budget(vram)
+    return memory
 
 
 def _watch(residency: Residency, modules: Mapping[ComponentKind, Any]) -> None:

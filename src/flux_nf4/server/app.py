@@ -11,6 +11,7 @@ from flux_nf4.server import (
     capabilities,
     docs,
     health,
+    memory,
     metrics,
     native_api,
     openai_api,
@@ -57,7 +58,7 @@ def build_app(settings: ServeSettings, engine: Engine) -> FastAPI:
     )
     problems.install(app)
     context = Context(settings=settings, engine=engine)
-    for part in (health, metrics, openai_api, native_api, capabilities, sdapi, page):
+    for part in (health, metrics, openai_api, native_api, capabilities, memory, sdapi, page):
         app.include_router(part.router(context))
     app.include_router(docs.router(app))
     return app

@@ -12,6 +12,7 @@ from flux_nf4 import __version__
 from flux_nf4.pipeline.image_metadata import read_image
 from flux_nf4.pipeline.limits import MAX_SIZE, MAX_STEPS, MIN_SIZE, PIXELS_PER_TOKEN
 from flux_nf4.server.jobs import JobSpec
+from flux_nf4.server.memory import may_be_set
 from flux_nf4.server.problems import Json
 from flux_nf4.server.settings import MAX_IMAGES_PER_REQUEST, QUALITY_STEPS
 
@@ -96,6 +97,7 @@ def _capabilities(context: Context) -> dict[str, Any]:
             "lora": False,
             "previews": True,
             "durable": context.engine.settings.journal is not None,
+            "memory_setting": may_be_set(context),
         },
         "memory": model.memory,
         "version": __version__,

@@ -11,8 +11,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from flux_nf4 import errors
-from flux_nf4.errors import FluxNF4Error
+from flux_nf4.server.frames import error_from
 from flux_nf4.server.jobs import (
     Api,
     DrainingError,
@@ -103,9 +102,7 @@ class Engine:
         """
         while not any(worker.state in ("idle", "busy") for worker in self._workers):
             if self._workers and all(worker.load_error for worker in self._workers):
-                error = self._workers[0].load_error or {}
-                kind = getattr(errors, str(error.get("class")), FluxNF4Error)
-                raise kind(str(error["message"]), hint=error.get("hint"))
+                raise error_from(self._workers[0].load_error or {})
             await self._workers_changed.wait()
 
     async def drain(self, timeout_s: float) -> None:
@@ -213,6 +210,11 @@ class Engine:
             before_s += self._remaining_s(other)
         num_ready = sum(worker.state in ("idle", "busy") for worker in self._workers)
         return before_s / max(1, num_ready) + own_s
+
+    @property
+    def supervisors(self) -> list[Supervisor]:
+        """Its workers on this machine; elsewhere there are none."""
+        return [worker for worker in self._workers if isinstance(worker, Supervisor)]
 
     def status(self) -> EngineStatus:
         """Whether it can draw, and how much it has to do."""

@@ -13,7 +13,8 @@ import os
 import tempfile
 from typing import IO, TYPE_CHECKING, Any
 
-from flux_nf4.errors import FormatError
+from flux_nf4 import errors
+from flux_nf4.errors import FluxNF4Error, FormatError
 
 if TYPE_CHECKING:
     import asyncio
@@ -70,6 +71,14 @@ def _parse(body: bytes) -> dict[str, Any]:
     if not isinstance(frame, dict) or not isinstance(frame.get("kind"), str):
         raise FormatError("a frame is not an object with a `kind`")
     return frame
+
+
+def error_from(fields: dict[str, Any]) -> FluxNF4Error:
+    """One of our errors as a worker told it: `message`, `hint`, and its `class`."""
+    kind = getattr(errors, str(fields.get("class")), FluxNF4Error)
+    error = kind(str(fields["message"]), hint=fields.get("hint"))
+    assert isinstance(error, FluxNF4Error)
+    return error
 
 
 def make_shared_memory() -> int:

@@ -62,6 +62,10 @@ class DrainingError(FluxNF4Error):
     """The server finishes what it has and takes nothing new."""
 
 
+class NotReadyError(FluxNF4Error):
+    """A worker is on its way, or was lost on the way."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
     """Everything that decides a job's images: the same spec run again gives the same pixels.

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from flux_nf4.errors import Cancelled, DoesNotFitError, FluxNF4Error, FormatError, InputError
-from flux_nf4.server.jobs import DrainingError, QueueFullError
+from flux_nf4.server.jobs import DrainingError, NotReadyError, QueueFullError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -89,6 +89,8 @@ def as_api_error(error: FluxNF4Error) -> ApiError:
     if isinstance(error, DrainingError):
         headers = retry_after(5) | {"x-should-retry": "false"}
         return ApiError(503, error.message, code="draining", hint=error.hint, headers=headers)
+    if isinstance(error, NotReadyError):
+        return ApiError(503, error.message, code="not_ready", headers=retry_after(5))
     if isinstance(error, InputError):
         found = _FIRST_NAME.match(error.message)
         param = found.group(1) if found else None

@@ -131,6 +131,15 @@ class EditRequest(ImageRequest):
     input_fidelity: Literal["high", "low"] | None = described("Without effect; see `strength`.")
 
 
+class MemoryRequest(Body):
+    """How much of the device's memory the workers may take."""
+
+    vram: str | None = Field(
+        description="`6GB`, `6144MB`, ...; `auto` or null: what was free when the worker started.",
+        json_schema_extra={"pattern": r"^(auto|[1-9][0-9]{0,5} ?[MGT]i?B)$"},
+    )
+
+
 class Fault(BaseModel):
     """What went wrong: for a person, and (`type`, `code`) for a program."""
 

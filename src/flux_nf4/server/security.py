@@ -162,7 +162,7 @@ def cors_headers(settings: ServeSettings, headers: Mapping[str, str]) -> dict[st
 
 
 PREFLIGHT_HEADERS = {
-    "access-control-allow-methods": "GET, POST, DELETE",
+    "access-control-allow-methods": "GET, POST, PUT, DELETE",
     "access-control-allow-headers": "authorization, content-type, last-event-id, x-request-id",
     "access-control-max-age": "600",
 }

@@ -24,7 +24,8 @@ class ServeSettings:
     `max_megapixel_steps` limits a request: images x megapixels x steps, twice that with true CFG.
     `max_rate` and `max_work_rate` limit the requests and the megapixel steps of a key in a minute;
     what waits for longer than `queue_timeout_s` is given up. None is no limit.
-    `api_keys` empty: whoever reaches the port is served.
+    `api_keys` empty: whoever reaches the port is served. `lock_memory`: not even a single user may
+    set the workers' memory.
 
     Raises:
         InputError: it would serve strangers without a key, or a name is not one.
@@ -55,6 +56,7 @@ class ServeSettings:
     link_lifetime_s: float = 3600.0
     sdapi_cfg: SdapiCfg = "auto"
     log_prompts: bool = False
+    lock_memory: bool = False
 
     def __post_init__(self) -> None:
         if not (self.api_keys or self.insecure or self.is_loopback):
@@ -68,6 +70,12 @@ class ServeSettings:
                 raise InputError(
                     f"`--cors-origin` must be like `https://example.org`, got `{origin}`"
                 )
+
+    @property
+    def lets_memory_change(self) -> bool:
+        """Whether clients may set the workers' memory: where one person alone is served."""
+        is_one_user = len(self.api_keys) == 1 or (not self.api_keys and self.is_loopback)
+        return is_one_user and not self.lock_memory
 
     @property
     def is_loopback(self) -> bool:

@@ -59,8 +59,10 @@ class EngineSettings:
 class Capabilities:
     """What the loaded model is; sizes in pixels, lengths in tokens.
 
-    `memory` is the plan for the device: `device_bytes`, a `verdict` for people, and under `plan`
-    the `name` and `peak_bytes` of each phase; None where nothing is planned, as on a CPU.
+    `memory` is the plan for the device: `vram` (the setting; None is `auto`), the `device_bytes`
+    that it comes to, the `total_bytes` of the device (None: unknown), the `step_bytes` that pass
+    through it in each step, and under `plan` the `name` and `peak_bytes` of each phase; None where
+    nothing is planned, as on a CPU.
     """
 
     model: str

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flux_nf4.errors import FormatError, InputError
 from flux_nf4.pipeline.limits import MAX_SIZE
 from flux_nf4.server.frames import (
+    error_from,
     make_shared_memory,
     pack_frame,
     put_shared,
     receive_frame,
     take_shared,
 )
+from flux_nf4.server.jobs import NotReadyError
 from flux_nf4.server.status import WorkerState, WorkerStatus
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ _FAILURES_OF_A_LOOP = 3
 _KILLS_FORGIVEN = 8
 _EXIT_TIMEOUT_S = 5.0
 _LAST_WORDS_TIMEOUT_S = 1.0
+_PLAN_TIMEOUT_S = 30.0
 _ENDS = ("done", "failed", "cancelled")
 _OF_A_JOB = ("stage", "step", "notice", "image", *_ENDS)
 
@@ -118,6 +121,7 @@ class Supervisor:
         self._is_cancelling = False
         self._has_drawn = self._was_useful = self._was_killed = False
         self._last_words: deque[str] = deque(maxlen=1)
+        self._planned: deque[asyncio.Future[dict[str, Any]]] = deque()
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -167,6 +171,30 @@ class Supervisor:
         self._send("job", job=job_id, spec=bare, uploads=sizes)
         self._watch(self._settings.step_timeout_s, "it gave no sign of life")
 
+    async def set_memory(self, vram: int | None) -> dict[str, Any]:
+        """Have it keep to another budget from its next job on, and the workers after it as well.
+
+        -> the plan, as `Capabilities.memory`.
+
+        Raises:
+            DoesNotFitError: no plan fits.
+            InputError: the device does not tell how much is free.
+            NotReadyError: it is on its way, or was lost, or is silent.
+        """
+        if self.state not in ("idle", "busy"):
+            raise NotReadyError(f"the worker on {self.device} is not ready")
+        planned = asyncio.get_running_loop().create_future()
+        self._planned.append(planned)
+        self._send("memory", vram=vram)
+        try:
+            frame = await asyncio.wait_for(planned, _PLAN_TIMEOUT_S)
+        except TimeoutError as error:
+            raise NotReadyError(f"the worker on {self.device} does not answer") from error
+        if frame["error"] is not None:
+            raise error_from(frame["error"])
+        self._settings = dataclasses.replace(self._settings, vram=vram)
+        return dict(frame["memory"])
+
     def cancel(self) -> None:
         """Have it stop its job at the next step; if it does not, it is killed."""
         if self.job_id is None or self._is_cancelling:
@@ -189,6 +217,7 @@ class Supervisor:
             self.state = "failed" if num_failures >= _FAILURES_OF_A_LOOP else "restarting"
             self.reason = reason
             job_id, self.job_id = self.job_id, None
+            self._forget_plans(reason)
             _log.warning("the worker on %s was lost: %s", self.device, reason)
             self._listener.worker_lost(self, job_id, reason)
             pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (num_failures - 2)) if num_failures > 1 else 0
@@ -277,6 +306,10 @@ class Supervisor:
             self.state, self.reason, self.load_error = "idle", None, None
             self._was_useful = True
             self._listener.worker_ready(frame["capabilities"])
+        elif kind == "memory":
+            planned = self._planned.popleft()
+            if not planned.done():  # who asked may have given up
+                planned.set_result(frame)
         elif kind == "unloadable":
             self.load_error = dict(frame["error"])
         elif kind == "loading":
@@ -299,6 +332,12 @@ class Supervisor:
         if kind not in ("stage", "notice"):
             self._has_drawn = self._was_useful = True
         self._listener.worker_frame(self, job_id, frame, pixels)
+
+    def _forget_plans(self, reason: str) -> None:
+        while self._planned:
+            planned = self._planned.popleft()
+            if not planned.done():
+                planned.set_exception(NotReadyError(f"the worker was lost: {reason}"))
 
     def _take_pixels(self, width: int, height: int) -> bytes:
         if not (0 < width <= MAX_SIZE and 0 < height <= MAX_SIZE):

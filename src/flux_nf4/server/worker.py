@@ -12,19 +12,22 @@ standard error. It ends with its parent, however that ends. What it says, by `ki
     notice   job, message
     image    job, index, seed, width, height   the RGB pixels are shared
     done, cancelled, failed   job, and for the last: error
+    memory   memory (the plan for another budget), or error
 
-and what it is told: `settings` (first of all), `job`, `cancel`, and `taken` (the shared pixels are
-copied).
+and what it is told: `settings` (first of all), `job`, `cancel`, `memory` (another budget), and
+`taken` (the shared pixels are copied).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import traceback
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +84,8 @@ class Parent:
         self._taken.set()
         self.cancelled: set[str] = set()
         self.orders: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self.budgets: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._sending = threading.Lock()
         self.settings = read_frame(self._input) or _end()
         self.shared: int = self.settings["shared_memory"]
         threading.Thread(target=self._listen, daemon=True).start()
@@ -89,8 +94,9 @@ class Parent:
         """Tell the parent; the process ends where there is none."""
         rest = memoryview(pack_frame({"kind": kind} | values))
         try:
-            while rest:
-                rest = rest[self._output.write(rest) or 0 :]
+            with self._sending:
+                while rest:
+                    rest = rest[self._output.write(rest) or 0 :]
         except BrokenPipeError:
             _end()
 
@@ -109,6 +115,8 @@ class Parent:
                     self.cancelled.add(frame["job"])
                 case "taken":
                     self._taken.set()
+                case "memory":
+                    self.budgets.put(frame)
                 case _:
                     self.orders.put(frame)
         _end()
@@ -142,8 +150,14 @@ def main() -> int:
     except FluxNF4Error as error:
         parent.send("unloadable", error=describe(error) | {"class": type(error).__name__})
         return 1
+    if worker.own_size is not None:
+        threading.Thread(target=worker.plan_budgets, daemon=True).start()
     while True:
-        worker.serve(parent.orders.get())
+        order = parent.orders.get()
+        if order["kind"] == "memory":
+            worker.set_budget(order["vram"])
+        else:
+            worker.serve(order)
 
 
 class Worker:
@@ -179,7 +193,51 @@ class Worker:
         )
         parent.send("loading", stage="warm-up")
         self._warm_up()
-        parent.send("ready", capabilities=capabilities(self.model, is_demo=path is None))
+        plan = self.model.memory.plan
+        self.own_size = None if plan is None else plan.workload
+        is_gpu = device.type == "cuda"
+        self.total_bytes = torch.cuda.mem_get_info(device)[1] if is_gpu else None
+        memory = None if plan is None else self._memory(plan, parent.settings["vram"])
+        parent.send(
+            "ready", capabilities=capabilities(self.model, is_demo=path is None, memory=memory)
+        )
+
+    def plan_budgets(self) -> None:
+        """Answer for other budgets at once, for ever; each counts when the job in hand is done."""
+        assert self.own_size is not None
+        while True:
+            order = self.parent.budgets.get()
+            try:
+                plan = self.model.memory.plan_within(order["vram"], self.own_size)
+            except FluxNF4Error as error:
+                failure = describe(error) | {"class": type(error).__name__}
+                self.parent.send("memory", memory=None, error=failure)
+            else:
+                self.parent.orders.put(order)
+                self.parent.send("memory", memory=self._memory(plan, order["vram"]), error=None)
+
+    def set_budget(self, vram: int | None) -> None:
+        """Follow another budget; what it takes away is free for others when this returns."""
+        from flux_nf4.pipeline.model_memory import attempt
+
+        memory = self.model.memory
+        assert self.own_size is not None
+        assert memory.residency is not None
+        memory.set_budget(vram)
+        with contextlib.suppress(DoesNotFitError):  # memory ran out; a smaller image may fit
+            for _ in attempt(memory, partial(memory.begin, self.own_size)):
+                pass
+        memory.residency.device.release()
+
+    def _memory(self, plan: Plan, vram: int | None) -> dict[str, Any]:
+        """A plan as `Capabilities.memory` tells it."""
+        return {
+            "vram": vram,
+            "device_bytes": plan.budget.device_bytes,
+            "total_bytes": self.total_bytes,
+            "step_bytes": plan.step_bytes,
+            "plan": [{"name": phase.name, "peak_bytes": phase.peak_bytes} for phase in plan.phases],
+        }
 
     def serve(self, order: dict[str, Any]) -> None:
         """Draw one job's images; whatever it comes to, the parent is told."""
@@ -268,7 +326,7 @@ class Worker:
         return True
 
 
-def capabilities(model: Model, *, is_demo: bool) -> dict[str, Any]:
+def capabilities(model: Model, *, is_demo: bool, memory: dict[str, Any] | None) -> dict[str, Any]:
     """What the parent should know of a model: the fields of `Capabilities`."""
     return {
         "model": model.facts.name,
@@ -283,15 +341,8 @@ def capabilities(model: Model, *, is_demo: bool) -> dict[str, Any]:
         "max_sequence_length": model.facts.max_sequence_length,
         "licence": model.facts.licence,
         "is_demo": is_demo,
-        "memory": None if model.memory.plan is None else _memory(model.memory.plan),
+        "memory": memory,
     }
-
-
-def _memory(plan: Plan) -> dict[str, Any]:
-    phases = [{"name": phase.name, "peak_bytes": phase.peak_bytes} for phase in plan.phases]
-    streamed = f"{plan.step_bytes / 2**30:.1f} GiB stream through it in each step"
-    verdict = streamed if plan.step_bytes else "nothing moves while it draws"
-    return {"device_bytes": plan.budget.device_bytes, "verdict": verdict, "plan": phases}
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -91,13 +91,14 @@ def compile_join(capability: int, out: str, attended: int, inner: int) -> object
     sizes = fused_kernels._padded(attended), fused_kernels._padded(inner)
     constants = {
         "LARGEST": OUTPUTS[out],
+        "HAS_TANH": OUTPUTS[out] > 0,
         "D": 128,
         "A_WIDTH": attended,
         "A_SIZE": sizes[0],
         "X_WIDTH": inner,
         "X_SIZE": sizes[1],
     }
-    warps = fused_kernels.join_warps(*sizes)
+    warps = fused_kernels.join_warps(*sizes, 1 if OUTPUTS[out] else 2)
     kernel = fused_kernels._join_kernel
     return compile_for(capability, kernel, signature, constants, num_warps=warps)
 

@@ -1,7 +1,7 @@
 import pytest
 
-from flux_nf4.cli.memory_size import memory_text, parse_memory
 from flux_nf4.errors import InputError
+from flux_nf4.memory.amounts import memory_text, parse_memory
 
 
 @pytest.mark.parametrize("text", ["6GB", "6GiB", "6 gb", "6G", "6144MB", "6144MiB", "6.0GB"])

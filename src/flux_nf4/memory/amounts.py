@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 
-from flux_nf4.cli.options import shortened
 from flux_nf4.errors import InputError
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_LONGEST_QUOTE = 60
 _AMOUNT = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*([KMGT])i?B?", re.IGNORECASE)
 
 
@@ -20,14 +20,16 @@ def parse_memory(text: str, label: str) -> int:
     Raises:
         InputError: it is no amount of memory, or a number without a unit.
     """
-    match = _AMOUNT.fullmatch(text.strip())
+    text = " ".join(text.split())
+    match = _AMOUNT.fullmatch(text)
     if match is not None and float(match[1]) > 0:
         return int(float(match[1]) * _UNITS[match[2].upper()])
     hint = "with a unit: `6GB`, `6GiB` and `6144MB` are the same"
-    if re.fullmatch(r"\d+(\.\d+)?", text.strip()):
-        hint = f"`{text.strip()}GB`, or `{text.strip()}MB`?"
+    if len(text) <= _LONGEST_QUOTE and re.fullmatch(r"\d+(\.\d+)?", text):
+        hint = f"`{text}GB`, or `{text}MB`?"
     raise InputError(
-        f"`{label}` must be an amount of memory with its unit, got `{shortened(text)}`", hint=hint
+        f"`{label}` must be an amount of memory with its unit, got `{text[:_LONGEST_QUOTE]}`",
+        hint=hint,
     )
 
 
