@@ -315,27 +315,3 @@ def test_a_model_that_is_still_loading_is_waited_for(visitor, server):
 
     expect(page.locator("#model")).to_be_visible()
     expect(page.locator("#banner")).to_be_hidden()
-
-
-# ---- memory -------------------------------------------------------------------------------------
-
-
-def test_memory_is_not_spoken_of_where_none_is_planned(page):
-    page.locator(".extras summary").click()
-
-    expect(page.locator("#memory-field")).to_be_hidden()
-
-
-def test_the_plan_for_the_memory_is_shown_phase_by_phase(visitor, server):
-    plan = [{"name": "text", "peak_bytes": 3 * 2**30}, {"name": "denoise", "peak_bytes": 5 * 2**30}]
-    memory = {"device_bytes": 6 * 2**30, "verdict": "fits 6GB", "plan": plan}
-
-    def with_plan(route):
-        route.fulfill(json=route.fetch().json() | {"memory": memory})
-
-    page = visitor.open(server.url, routes={"**/v1/capabilities": with_plan})
-    page.locator(".extras summary").click()
-
-    expect(page.locator("#memory-field")).to_contain_text("6.0 GB")
-    expect(page.locator("#memory-plan")).to_have_text("Prompt3.0 GBSteps5.0 GB")
-    expect(page.locator("#memory-verdict")).to_have_text("fits 6GB")

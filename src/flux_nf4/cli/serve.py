@@ -146,6 +146,7 @@ def _settings(options: ServeOptions) -> ServeSettings:
         drain_timeout_s=options.drain_timeout,
         sdapi_cfg=options.sdapi_cfg,
         log_prompts=options.log_prompts,
+        lock_memory=options.lock_memory,
     )
 
 

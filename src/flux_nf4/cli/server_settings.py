@@ -70,6 +70,13 @@ class ServerSettings(ModelSettings):
         group="Model",
         setting=True,
     )
+    lock_memory: bool = option(
+        "--lock-memory",
+        default=False,
+        help="the page may not change `--vram`",
+        group="Model",
+        setting=True,
+    )
     host: str = option(
         "--host",
         metavar="ADDRESS",
@@ -178,13 +185,12 @@ class ServerSettings(ModelSettings):
         group="Limits",
         setting=True,
     )
-    step_timeout: float = option(
+    step_timeout: float | None = option(
         "--step-timeout",
         metavar="S",
-        default=120.0,
         minimum=0.01,
         maximum=86_400,
-        help="a worker silent for so long is replaced [120]",
+        help="a worker silent for so long is replaced [120; CPU 600]",
         group="Limits",
         setting=True,
     )

@@ -53,6 +53,9 @@ class Device(Protocol):
     def free_bytes(self) -> int | None:
         """What is free for this process; None where that is not known."""
 
+    def cap(self, num_bytes: int | None) -> None:
+        """Let tensors take no more than that, cached memory included; None: all there is."""
+
 
 class PlainDevice:
     """A device without streams: what is asked for is done at once."""
@@ -97,6 +100,9 @@ class PlainDevice:
         """As `Device`."""
         return None
 
+    def cap(self, num_bytes: int | None) -> None:
+        """As `Device`; nothing is known that could."""
+
 
 class CudaDevice:
     """A CUDA device: copies run on a stream of their own, and events keep the order."""
@@ -104,7 +110,7 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         # Segments that grow do not fragment: what is freed at the end of a phase serves the next.
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        _configure_allocator("expandable_segments:True")
         self._stream = torch.cuda.Stream(device)
 
     def allocate(self, num_bytes: int) -> Tensor:
@@ -163,3 +169,15 @@ class CudaDevice:
     def free_bytes(self) -> int | None:
         """As `Device`."""
         return torch.cuda.mem_get_info(self.device)[0]
+
+    def cap(self, num_bytes: int | None) -> None:
+        """As `Device`."""
+        total_bytes = torch.cuda.mem_get_info(self.device)[1]
+        share = 1.0 if num_bytes is None else min(1.0, max(0, num_bytes) / total_bytes)
+        torch.cuda.set_per_process_memory_fraction(share, self.device)
+
+
+def _configure_allocator(settings: str) -> None:
+    # Both are PyTorch's own; the second gives way to the first.
+    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (configure or torch.cuda.memory._set_allocator_settings)(settings)

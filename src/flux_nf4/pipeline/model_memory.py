@@ -105,6 +105,8 @@ class ModelMemory:
             InputError: as `plan_within`.
         """
         self._budget, self.plan = self._budget_of(vram), None
+        if self.residency is not None:
+            self.residency.device.cap(None if vram is None else vram - CONTEXT_BYTES)
 
     def _budget_of(self, vram: int | None) -> Budget:
         if vram is not None:

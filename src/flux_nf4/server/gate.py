@@ -82,7 +82,7 @@ class Gate:
             answer = self._check(scope, headers)
             body = b"" if answer else await self._read_body(scope["path"], receive)
         except ApiError as error:
-            answer, body = error.response(), b""
+            answer, body = error.response(scope["path"]), b""
             if "expect" in headers or not await self._discard(receive):
                 # What is left of the body is not read, so the connection cannot be used again.
                 answer.headers["connection"] = "close"

@@ -26,7 +26,7 @@ NO_LORA = "LoRA adapters come with `flux-nf4 train`; this version serves none"
 MAX_RETRY_AFTER_S = 120
 _LONGEST_QUOTE = 60
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_CODES = {404: "not_found", 405: "method_not_allowed"}
+_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
 _FIRST_NAME = re.compile(r"`([a-z_]+)`")
 
 
@@ -70,9 +70,11 @@ class ApiError(Exception):
         }
         return {"error": error}
 
-    def response(self) -> Json:
-        """It as an answer."""
-        return Json(self.body, status_code=self.status, headers=self.headers)
+    def response(self, path: str) -> Json:
+        """It as the answer to a request for `path`."""
+        # The clients of A1111 show what FastAPI calls `detail`.
+        more = {"detail": self.message} if path.startswith("/sdapi/") else {}
+        return Json(self.body | more, status_code=self.status, headers=self.headers)
 
 
 def retry_after(seconds: float) -> dict[str, str]:
@@ -147,25 +149,26 @@ def _quoted(value: object) -> str:
 def install(app: FastAPI) -> None:
     """Make every error that leaves `app` one of ours."""
 
-    async def on_http_error(_: Request, error: HTTPException) -> Json:
+    async def on_http_error(request: Request, error: HTTPException) -> Json:
         code = _CODES.get(error.status_code)
         message = {404: "there is no such route", 405: "this route takes other methods"}.get(
             error.status_code, str(error.detail)
         )
-        return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+        own = ApiError(error.status_code, message, code=code, headers=error.headers)
+        return own.response(request.scope["path"])
 
-    async def on_api_error(_: Request, error: ApiError) -> Json:
-        return error.response()
+    async def on_api_error(request: Request, error: ApiError) -> Json:
+        return error.response(request.scope["path"])
 
-    async def on_own_error(_: Request, error: FluxNF4Error) -> Json:
-        return as_api_error(error).response()
+    async def on_own_error(request: Request, error: FluxNF4Error) -> Json:
+        return as_api_error(error).response(request.scope["path"])
 
-    async def on_validation_error(_: Request, error: RequestValidationError) -> Json:
-        return from_validation(error.errors()).response()
+    async def on_validation_error(request: Request, error: RequestValidationError) -> Json:
+        return from_validation(error.errors()).response(request.scope["path"])
 
-    async def on_fault(_: Request, __: Exception) -> Json:
+    async def on_fault(request: Request, _: Exception) -> Json:
         message = "this is a bug in flux-nf4; the server's log has the details"
-        return ApiError(500, message, code="internal_error").response()
+        return ApiError(500, message, code="internal_error").response(request.scope["path"])
 
     handlers: dict[Any, Any] = {
         HTTPException: on_http_error,

@@ -11,13 +11,10 @@ import io
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 
-from flux_nf4.errors import FluxNF4Error
 from flux_nf4.server.context import Context, owner_of
 from flux_nf4.server.pictures import decode_upload
-from flux_nf4.server.problems import ApiError, Json, as_api_error, from_validation
+from flux_nf4.server.problems import ApiError, Json
 from flux_nf4.server.routing import Route
 from flux_nf4.server.sdapi_answers import Callers, Watched, answer, image_info, progress
 from flux_nf4.server.sdapi_mapping import Wish, to_wish
@@ -39,38 +36,14 @@ if TYPE_CHECKING:
 
 # Large, or of no effect and unchecked.
 _NOT_TOLD = {"init_images", "mask", "lora"} | {
-    name for name, field in TextToImage.model_fields.items() if field.annotation is Any
+    name for name, field in ImageToImage.model_fields.items() if field.annotation is Any
 }
 _REFRESH = ("refresh-checkpoints", "refresh-vae", "refresh-loras", "refresh-embeddings")
 
 
-class _Route(Route):
-    """Errors with `detail` beside `error`: the one that A1111's clients show."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler that answers every error of ours itself."""
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except ApiError as caught:
-                error = caught
-            except FluxNF4Error as caught:
-                error = as_api_error(caught)
-            except HTTPException as caught:  # FastAPI's, of a body that is no JSON
-                error = ApiError(caught.status_code, str(caught.detail), code="invalid_json")
-            except RequestValidationError as caught:
-                error = from_validation(caught.errors())
-            body = error.body | {"detail": error.message}
-            return Json(body, status_code=error.status, headers=error.headers)
-
-        return handle
-
-
 def router(context: Context) -> APIRouter:
     """The routes under `/sdapi/v1`."""
-    routes = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], route_class=_Route)
+    routes = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], route_class=Route)
     options, callers = Options(), Callers()
     _add_drawing(routes, context, options, callers)
     _add_progress(routes, context, callers)

@@ -38,6 +38,11 @@ _WITHOUT_EFFECT = {
     "subseed_strength": "`subseed_strength` has no effect",
     "save_images": "`save_images`: this server stores no images",
 }
+_WITHOUT_EFFECT_ON_MASKS = {
+    "mask_blur": "`mask_blur`: the mask's edge stays sharp",
+    "inpaint_full_res": "`inpaint_full_res`: the whole image is drawn, not the masked part alone",
+}
+_FILL_WITH_ORIGINAL = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +189,10 @@ def _tell_of_images(body: ImageToImage, values: dict[str, Any], warnings: list[s
     has_other_shape = header.width * values["height"] != header.height * values["width"]
     if has_other_shape and body.resize_mode != 1:
         warnings.append("`resize_mode`: the image is scaled to cover the size, and cropped")
+    if body.mask:
+        warnings += [said for name, said in _WITHOUT_EFFECT_ON_MASKS.items() if getattr(body, name)]
+        if body.inpainting_fill not in (None, _FILL_WITH_ORIGINAL):
+            warnings.append("`inpainting_fill`: what is drawn anew begins as the image itself")
 
 
 def _in_their_words(message: str) -> str:

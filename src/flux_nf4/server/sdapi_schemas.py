@@ -99,6 +99,9 @@ class ImageToImage(TextToImage):
     denoising_strength: Number = Field(default=None, description="0.75 unless given.")
     inpainting_mask_invert: Whole = Field(default=None, description="1: black is drawn anew.")
     resize_mode: Whole = None
+    inpainting_fill: Whole = None
+    mask_blur: Any = None
+    inpaint_full_res: Any = None
 
 
 class PngInfo(Body):

@@ -22,7 +22,8 @@ class EngineSettings:
 
     `model` None is the demo model. `device`: `auto` (a CUDA device if there is one, else the CPU),
     `all` (a worker for each CUDA device), or one by name. A worker that gives no sign of life for
-    `step_timeout_s` while it draws, or is not ready `load_timeout_s` after its start, is killed.
+    `step_timeout_s` while it draws (None: 120 s, on a CPU 600), or is not ready `load_timeout_s`
+    after its start, is killed.
     `max_queue` jobs may wait, and more only of owners who have less than their share of these.
     `journal` is the file that keeps unfinished jobs over a restart of the server; None keeps none.
     `vram`, `ram` (in bytes) and `arithmetic` are each worker's, as in `LoadSettings`.
@@ -36,7 +37,7 @@ class EngineSettings:
     device: str = "auto"
     max_queue: int = 32
     max_running_per_owner: int | None = None
-    step_timeout_s: float = 120.0
+    step_timeout_s: float | None = None
     load_timeout_s: float = 600.0
     journal: Path | None = None
     vram: int | None = None
@@ -49,7 +50,8 @@ class EngineSettings:
         check_whole_number("max_queue", self.max_queue, 1, _MANY)
         if self.max_running_per_owner is not None:
             check_whole_number("max_running_per_owner", self.max_running_per_owner, 1, _MANY)
-        check_number("step_timeout_s", self.step_timeout_s, 0.01, _WEEK_S)
+        if self.step_timeout_s is not None:
+            check_number("step_timeout_s", self.step_timeout_s, 0.01, _WEEK_S)
         check_number("load_timeout_s", self.load_timeout_s, 0.01, _WEEK_S)
         check_whole_number("max_kept_jobs", self.max_kept_jobs, 1, _MANY)
         check_whole_number("max_kept_bytes", self.max_kept_bytes, 0, 2**50)

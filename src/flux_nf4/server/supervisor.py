@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # `-P`: a `torch.py` in the folder where the server was started is none of ours.
 WORKER_COMMAND = (sys.executable, "-P", "-X", "faulthandler", "-m", "flux_nf4.server.worker")
 
+# A step of FLUX.1-dev at 1024 x 1024 is 74 TFLOP: minutes for a CPU of few cores.
+_STEP_TIMEOUT_S, _CPU_STEP_TIMEOUT_S = 120.0, 600.0
 _LONGEST_PAUSE_S = 30.0
 _FAILURES_OF_A_LOOP = 3
 # Somebody's SIGKILL tells nothing of the model; the system's, for memory, comes again and again.
@@ -133,6 +135,11 @@ class Supervisor:
             device=self.device, pid=pid, state=self.state, num_restarts=self.num_restarts
         )
 
+    @property
+    def _step_timeout_s(self) -> float:
+        default = _CPU_STEP_TIMEOUT_S if self.device == "cpu" else _STEP_TIMEOUT_S
+        return self._settings.step_timeout_s or default
+
     def start(self) -> None:
         """Begin; the listener hears the rest.
 
@@ -169,7 +176,7 @@ class Supervisor:
         bare = dataclasses.replace(spec, image=None, mask_image=None).to_dict()
         sizes = {name: len(data) for name, data in uploads.items()}
         self._send("job", job=job_id, spec=bare, uploads=sizes)
-        self._watch(self._settings.step_timeout_s, "it gave no sign of life")
+        self._watch(self._step_timeout_s, "it gave no sign of life")
 
     async def set_memory(self, vram: int | None) -> dict[str, Any]:
         """Have it keep to another budget from its next job on, and the workers after it as well.
@@ -201,7 +208,7 @@ class Supervisor:
             return
         self._is_cancelling = True
         self._send("cancel", job=self.job_id)
-        self._watch(self._settings.step_timeout_s, "it did not stop a cancelled job")
+        self._watch(self._step_timeout_s, "it did not stop a cancelled job")
 
     async def _live(self) -> None:
         num_failures = num_kills = 0
@@ -328,7 +335,7 @@ class Supervisor:
             self._watch(None)
             self.state, self.job_id = "idle", None
         elif not self._is_cancelling:
-            self._watch(self._settings.step_timeout_s, "it gave no sign of life")
+            self._watch(self._step_timeout_s, "it gave no sign of life")
         if kind not in ("stage", "notice"):
             self._has_drawn = self._was_useful = True
         self._listener.worker_frame(self, job_id, frame, pixels)

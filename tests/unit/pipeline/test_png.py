@@ -1,12 +1,22 @@
+import io
 import os
+import random
 import struct
 import zlib
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from flux_nf4.errors import DiskError, FormatError, InputError
-from flux_nf4.pipeline.png import MAX_TEXT_BYTES, SIGNATURE, read_png_header, write_png
+from flux_nf4.pipeline import png_encoder
+from flux_nf4.pipeline.png import (
+    MAX_TEXT_BYTES,
+    SIGNATURE,
+    read_png_header,
+    save_png,
+    write_png,
+)
 
 
 def read(path):
@@ -67,6 +77,85 @@ def test_compressed_texts_are_read(file):
 def test_the_first_of_two_texts_counts(file):
     file.write_bytes(png(chunk(b"tEXt", b"a\0one"), chunk(b"tEXt", b"a\0two")))
     assert read(file).texts == {"a": "one"}
+
+
+TEXTS = {"parameters": "a café\nSteps: 2", "flux_nf4": "猫", "XML:com.adobe.xmp": "<x/>"}
+SEVERAL_STRIPS = (700, 403)
+SIZES = [(1, 1), (16, 16), (1, 1000), (1023, 7), SEVERAL_STRIPS]
+
+
+def saved(image, texts=TEXTS):
+    file = io.BytesIO()
+    save_png(file, image, texts)
+    return file.getvalue()
+
+
+def noise(width, height):
+    return Image.frombytes("RGB", (width, height), random.Random(0).randbytes(3 * width * height))
+
+
+def waves(width, height):
+    """Smooth: each of the filter's three neighbours is the nearest somewhere."""
+    channel = Image.radial_gradient("L").resize((width, height))
+    return Image.merge("RGB", (channel, channel.rotate(180), channel.point(lambda x: x * 7 % 256)))
+
+
+def chunks(data):
+    """Each chunk's kind and body; its checksum is right."""
+    assert data[:8] == SIGNATURE
+    position = 8
+    while position < len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        kind, body = data[position + 4 : position + 8], data[position + 8 :][:length]
+        assert data[position:][: length + 12] == chunk(kind, body)
+        yield kind, body
+        position += length + 12
+
+
+@pytest.mark.parametrize("draw", [noise, waves])
+@pytest.mark.parametrize("size", SIZES)
+def test_pillow_reads_every_pixel_as_it_was(size, draw):
+    image = draw(*size)
+    with Image.open(io.BytesIO(saved(image))) as opened:
+        assert (opened.mode, opened.size) == ("RGB", size)
+        assert opened.tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_pixels_are_one_stream_of_whole_rows(size):
+    width, height = size
+    (stream,) = [body for kind, body in chunks(saved(noise(*size))) if kind == b"IDAT"]
+    decompressor = zlib.decompressobj()
+    assert len(decompressor.decompress(stream)) == height * (1 + 3 * width)
+    assert decompressor.eof
+    assert not decompressor.unused_data
+
+
+def test_the_number_of_threads_changes_no_byte(monkeypatch):
+    image = noise(*SEVERAL_STRIPS)
+    on_four = saved(image)
+    monkeypatch.setattr(png_encoder, "_NUM_THREADS", 1)
+    assert saved(image) == on_four
+
+
+def test_all_but_the_pixels_is_as_pillow_writes_it(image):
+    info = PngInfo()
+    for keyword, text in TEXTS.items():
+        (info.add_text if keyword == "parameters" else info.add_itxt)(keyword, text)
+    reference = io.BytesIO()
+    image.save(reference, "PNG", pnginfo=info)
+    ours, theirs = (
+        [(kind, body) for kind, body in chunks(data) if kind != b"IDAT"]
+        for data in (saved(image), reference.getvalue())
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("draw", [noise, waves])
+def test_files_are_hardly_larger_than_pillows(draw):
+    image, reference = draw(*SEVERAL_STRIPS), io.BytesIO()
+    image.save(reference, "PNG", compress_level=4)
+    assert len(saved(image, {})) <= 1.1 * len(reference.getvalue())
 
 
 def test_any_umask_gives_an_ordinary_file(file, image):

@@ -236,7 +236,7 @@ from engines import finished, serving
 async def serve():
     async with serving() as engine:
         job = await finished(engine, num_previews=1)
-    print(job.state, *{"torch", "transformers", "diffusers", "numpy"} & set(sys.modules))
+    print(job.state, *{"torch", "transformers", "diffusers"} & set(sys.modules))
 
 asyncio.run(serve())
 """

@@ -7,6 +7,7 @@ import threading
 
 import httpx2
 import pytest
+from asgi_client import KEY, ask
 from live_server import live_server
 from PIL import Image
 from server_fakes import FakeEngine, fake_capabilities, image_file, out_of_memory, wait_until
@@ -288,6 +289,25 @@ def test_a_mask_can_be_turned_around(server, api):
     assert Image.open(io.BytesIO(spec.mask_image)).getextrema() == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"mask_blur": 4}, ["mask_blur"]),
+        ({"inpaint_full_res": True}, ["inpaint_full_res"]),
+        ({"inpainting_fill": 2}, ["inpainting_fill"]),
+        ({"mask_blur": 0, "inpaint_full_res": 0, "inpainting_fill": 1}, []),
+    ],
+)
+def test_what_is_done_otherwise_about_a_mask_is_told(api, asked, told):
+    picture = in_base64(image_file())
+    body = {"init_images": [picture], "steps": 1} | asked
+
+    with_mask = json.loads(api.post("/img2img", json=body | {"mask": picture}).json()["info"])
+    without = json.loads(api.post("/img2img", json=body).json()["info"])
+    assert [said.split("`")[1] for said in with_mask["warnings"]] == told
+    assert without["warnings"] == []
+
+
 def test_cropping_and_further_images_are_told(api):
     body = {"init_images": [in_base64(image_file(96, 64))] * 2, "steps": 1, "width": 64}
     info = json.loads(api.post("/img2img", json=body).json()["info"])
@@ -368,6 +388,29 @@ def test_a_body_that_cannot_be_is_a_400_with_a_detail(api, path, content):
 
     assert response.status_code == 400
     assert response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "request_", "status"),
+    [
+        ("GET", "no-such-route", {}, 404),
+        ("GET", "txt2img", {}, 405),
+        ("POST", "txt2img", {"content": b"{}", "headers": {"content-type": "text/plain"}}, 415),
+        ("POST", "options", {"json": {"x": "x" * 1_000_000}}, 413),
+        ("GET", "samplers", {"headers": {"host": "elsewhere.example"}}, 403),
+    ],
+)
+def test_a_refusal_before_any_route_has_a_detail_too(api, method, path, request_, status):
+    response = api.request(method, f"/{path}", **request_)
+
+    assert response.status_code == status
+    assert response.json()["detail"] == response.json()["error"]["message"]
+
+
+def test_a_missing_key_has_a_detail_too():
+    answer = ask("GET", "/sdapi/v1/samplers", settings={"api_keys": (KEY,)})
+
+    assert answer.json()["detail"] == answer.json()["error"]["message"]
 
 
 def test_a_lora_is_refused_with_what_comes_later(api):

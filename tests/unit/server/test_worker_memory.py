@@ -1,19 +1,35 @@
 """The real worker's half of the memory setting, on a device that counts its bytes."""
 
+import asyncio
+import sys
 import threading
+from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
+from engines import finished
 from fake_device import FakeDevice
 from managed_models import PLENTY
 from tiny_pipeline import save_tiny_folder, tiny_parts
 
+from flux_nf4.errors import DoesNotFitError
 from flux_nf4.memory.plan import smallest_budget
 from flux_nf4.pipeline import load
+from flux_nf4.server.engine import Engine, EngineSettings
 from flux_nf4.server.frames import make_shared_memory
 from flux_nf4.server.jobs import JobSpec
 from flux_nf4.server.worker import Worker
 
+# The whole process, on such a device.
+PROCESS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from fake_device import FakeDevice
+from flux_nf4.pipeline import load
+from flux_nf4.server import worker
+load.managed_device = lambda *_: FakeDevice()
+sys.exit(worker.main())
+"""
 SPEC = JobSpec(prompt="a cat", width=64, height=64, num_inference_steps=2, seed=3)
 
 
@@ -84,7 +100,7 @@ def test_the_answer_is_the_plan_and_changes_nothing_yet(worker):
 
     answer = ask(worker, least(worker))
     assert answer["error"] is None
-    assert answer["memory"]["step_bytes"] > 0
+    assert answer["memory"]["device_bytes"] == least(worker)
     assert worker.model.memory.plan is before
     assert worker.parent.orders.get() == {"kind": "memory", "vram": least(worker)}
 
@@ -114,10 +130,10 @@ def test_images_are_the_same_within_another_budget_and_back(worker):
     worker.set_budget(least(worker))
 
     assert draw(worker) == image
-    assert worker.model.memory.plan.step_bytes > 0
+    assert worker.model.memory.plan.bytes_in("device") == 0
     worker.set_budget(PLENTY)
     assert draw(worker) == image
-    assert worker.model.memory.plan.step_bytes == 0
+    assert worker.model.memory.plan.bytes_in("device") > 0
 
 
 def test_what_runs_out_of_memory_on_its_way_to_a_budget_is_drawn_within_less(worker, device):
@@ -128,3 +144,27 @@ def test_what_runs_out_of_memory_on_its_way_to_a_budget_is_drawn_within_less(wor
     device.limit = None
 
     assert draw(worker) == image
+
+
+def test_a_process_draws_the_same_before_and_after_it_was_given_less(folder):
+    command = [sys.executable, "-P", "-c", PROCESS, str(Path(__file__).parents[2])]
+    settings = EngineSettings(device="cpu", model=str(folder), vram=PLENTY)
+
+    async def claim():
+        engine = Engine(settings, worker_command=command)
+        await engine.start()
+        try:
+            await engine.wait_ready()
+            (worker,) = engine.supervisors
+            before = await finished(engine)
+            plan = await worker.set_memory(2**30)
+            with pytest.raises(DoesNotFitError, match="MiB of device memory"):
+                await worker.set_memory(2**20)
+            after = await finished(engine)
+            assert plan["device_bytes"] == 2**30
+            assert after.images[0].sha256 == before.images[0].sha256
+            assert worker.num_restarts == 0
+        finally:
+            await engine.stop()
+
+    asyncio.run(claim())

@@ -81,10 +81,14 @@ export async function get(path, options) {
   return parse(await (await send(path, options)).text());
 }
 
-export async function post(path, value) {
+async function sendJson(method, path, value) {
   const headers = { "content-type": "application/json" };
-  return parse(await (await send(path, { method: "POST", headers, body: write(value) })).text());
+  return parse(await (await send(path, { method, headers, body: write(value) })).text());
 }
+
+export const post = (path, value) => sendJson("POST", path, value);
+
+export const put = (path, value) => sendJson("PUT", path, value);
 
 export async function postBytes(path, blob) {
   const headers = { "content-type": blob.type || "application/octet-stream" };

@@ -6,7 +6,7 @@ import {
 } from "./fields.js";
 import { duration, hasText, onLanguage, t } from "./i18n.js";
 import { submit } from "./jobs.js";
-import { showMemory } from "./memory.js";
+import { showMemory, wireMemory } from "./memory.js";
 import { clearSource, sourceRequest } from "./source.js";
 import { isOver, onChange, state } from "./state.js";
 import { recall, remember } from "./store.js";
@@ -260,6 +260,7 @@ const label = () => {
 
 export function wireComposer() {
   wireFields(form);
+  wireMemory();
   wireSeed();
   load();
   const isMac = navigator.platform.startsWith("Mac");
