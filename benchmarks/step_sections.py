@@ -201,8 +201,8 @@ def _expansions(setting: Setting, form: Any) -> Iterator[dict[str, Any]]:
                 inverse, dtype = None, torch.bfloat16
                 if arithmetic != "bf16":
                     inverse, dtype = layer.row_scales()[1], eight_bit.eight_bit_dtype(arithmetic)
-                out = layer._expand_for_product(dtype, inverse)
-                expand = partial(layer._expand_for_product, dtype, inverse)
+                out = layer.expand_for_product(dtype, inverse)
+                expand = partial(layer.expand_for_product, dtype, inverse)
                 seconds = median(timed_calls(expand, device))
             except FAILURES as error:
                 yield record | {"error": _text(error)}

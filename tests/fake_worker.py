@@ -49,6 +49,7 @@ CAPABILITIES = {
     "licence": "Apache-2.0",
     "is_demo": True,
 }
+USAGE = {"budget": 6, "peak": 5, "resident": 4, "moved": 3}
 # Unbuffered: `select` must see what is there.
 ORDERS = os.fdopen(0, "rb", buffering=0, closefd=False)
 
@@ -107,7 +108,7 @@ def draw(order, shared):
         put_shared(shared, [bytes([seed % 256]) * (3 * spec["width"] * spec["height"])])
         send("image", job=job, index=index, seed=seed, **size)
         wait_until_taken()
-    send("done", job=job)
+    send("done", job=job, usage=USAGE)
 
 
 def act(order, index, shared):
@@ -129,7 +130,7 @@ def act(order, index, shared):
             die() if prompt.startswith("die") else sleep_for_ever()
         case ["fail"]:
             error = {"message": "no memory", "hint": None, "code": "out_of_memory", "status": 503}
-            send("failed", job=job, error=error)
+            send("failed", job=job, usage=None, error=error)
             return False
         case _:
             say(order, shared)
@@ -143,15 +144,15 @@ def say(order, shared):
             os.write(1, b"\xff" * 100)
             sleep_for_ever()
         case "stranger":
-            send("done", job="job_of_another")
+            send("done", job="job_of_another", usage=None)
         case "huge":
             send("image", job=job, index=0, seed=0, width=10**6, height=10**6)
         case "notice":
-            send("notice", job=job, message="a notice")
+            send("notice", job=job, message="a notice", is_oom=True)
         case "uploads":
             sizes = order["uploads"]
             texts = take_shared(shared, sum(sizes.values())).decode()
-            send("notice", job=job, message=f"{sizes} {texts}")
+            send("notice", job=job, message=f"{sizes} {texts}", is_oom=False)
 
 
 def hold(job, path):
@@ -167,7 +168,7 @@ def hold(job, path):
                 if order["kind"] == "memory":
                     answer_for_budget(order["vram"])
                 if order["kind"] == "cancel" and order["job"] == job:
-                    send("cancelled", job=job)
+                    send("cancelled", job=job, usage=None)
                     return False
 
 

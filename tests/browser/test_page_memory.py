@@ -55,7 +55,7 @@ def test_a_choice_is_the_new_plan_at_once(page, server):
     page.get_by_role("button", name="6 GB", exact=True).click()
 
     expect(page.locator("#memory-verdict")).to_contain_text(
-        "At most 6.0 GB. Less is slower: 2.0 GB"
+        "At most 6.0 GB. 2.0 GB of weights stream"
     )
     expect(page.locator("#vram")).to_have_value("6 GB")
     expect(page.get_by_role("button", name="6 GB", exact=True)).to_have_attribute(

@@ -111,8 +111,8 @@ def test_expansion_to_eight_bits_has_the_bytes_of_the_cpu(shape, nested, arithme
     layer = NF4Linear(reference.quantize(random(*shape).cpu(), nested=nested))
     layer.set_arithmetic(arithmetic)
     dtype, inverse_N = eight_bit.eight_bit_dtype(arithmetic), layer.row_scales()[1]
-    expected = layer._expand_for_product(dtype, inverse_N)
-    on_gpu = layer.cuda()._expand_for_product(dtype, inverse_N.cuda())
+    expected = layer.expand_for_product(dtype, inverse_N)
+    on_gpu = layer.cuda().expand_for_product(dtype, inverse_N.cuda())
     assert torch.equal(on_gpu.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
@@ -125,7 +125,7 @@ def test_product_equals_the_emulated_one(num_rows, arithmetic):
     layer.set_arithmetic(arithmetic)
     rows = eight_bit.quantize_rows(random(num_rows, 192), arithmetic)
     scale_N, inverse_N = layer.row_scales()
-    w_NK = layer._expand_for_product(eight_bit.eight_bit_dtype(arithmetic), inverse_N)
+    w_NK = layer.expand_for_product(eight_bit.eight_bit_dtype(arithmetic), inverse_N)
     operands = (w_NK, scale_N, layer.bias)
     expected = eight_bit.multiply(rows.values, rows.scale, *operands, torch.float32)
     assert relative_error(ops.multiply(rows, *operands, torch.bfloat16), expected) < (

@@ -25,22 +25,27 @@ def folder(tmp_path_factory):
     return save_tiny_folder(tmp_path_factory.mktemp("gpu") / "model", models=parts)
 
 
-def draw(path, **settings):
-    model = load_model(path, LoadSettings(device="cuda", **settings))
+def opened(path, **settings):
+    return load_model(path, LoadSettings(device="cuda", **settings))
+
+
+def drawn(model):
     events = list(generate(model, REQUEST))
     (image,) = (event.image.tobytes() for event in events if isinstance(event, ImageDone))
-    return model, image, [event.message for event in events if isinstance(event, Notice)]
+    return image, [event.message for event in events if isinstance(event, Notice)]
 
 
 @pytest.mark.parametrize("path", ["many blocks", "demo"])
 @pytest.mark.parametrize("arithmetic", ["bf16", "auto"])
 def test_under_every_budget_the_image_is_the_same(folder, path, arithmetic):
     path = folder if path == "many blocks" else None
-    roomy, expected, _ = draw(path, arithmetic=arithmetic)
+    roomy = opened(path, arithmetic=arithmetic)
+    expected, _ = drawn(roomy)
     least = smallest_budget(roomy.memory.inventory, workload_of(roomy, REQUEST))
     for extra in (0, 2 * MIB, 10 * MIB, 50 * MIB):
         for ram in (None, 0):
-            model, image, notices = draw(path, arithmetic=arithmetic, vram=least + extra, ram=ram)
+            model = opened(path, arithmetic=arithmetic, vram=least + extra, ram=ram)
+            image, notices = drawn(model)
 
             assert image == expected
             assert notices == []
@@ -51,21 +56,22 @@ def test_under_every_budget_the_image_is_the_same(folder, path, arithmetic):
 
 def test_another_image_is_the_same_again(folder):
     """Slots are written again and again, while the arithmetic of the pass before may still run."""
-    roomy, expected, _ = draw(folder)
+    roomy = opened(folder)
+    expected, _ = drawn(roomy)
     least = smallest_budget(roomy.memory.inventory, workload_of(roomy, REQUEST))
-    model, image, _ = draw(folder, vram=least)
+    model = opened(folder, vram=least)
     for _ in range(10):
-        (again,) = (e.image.tobytes() for e in generate(model, REQUEST) if isinstance(e, ImageDone))
-        assert again == image == expected
+        assert drawn(model) == (expected, [])
 
 
 def test_memory_that_is_capped_lower_than_the_budget_is_made_do_with(folder):
-    _, expected, _ = draw(folder)
+    expected, _ = drawn(opened(folder))
+    model = opened(folder, vram=4096 * MIB)
     torch.cuda.empty_cache()
     total_bytes = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(150 * MIB / total_bytes)
     try:
-        _, image, notices = draw(folder, vram=4096 * MIB)
+        image, notices = drawn(model)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -174,7 +174,7 @@ class CudaDevice:
         """As `Device`."""
         total_bytes = torch.cuda.mem_get_info(self.device)[1]
         share = 1.0 if num_bytes is None else min(1.0, max(0, num_bytes) / total_bytes)
-        torch.cuda.set_per_process_memory_fraction(share, self.device)
+        torch.cuda.set_per_process_memory_fraction(share, torch.empty(0, device=self.device).device)
 
 
 def _configure_allocator(settings: str) -> None:

@@ -5,8 +5,8 @@ reaches 655 TFLOP/s at FLUX's shapes and the flash back end 332. So the first ca
 what is there on its own inputs, some tens of milliseconds, and remembers the winner for as long as
 the process lives.
 
-Nothing is copied before it: `heads_out` makes the tensors that the kernel before writes into. An 8-bit attention is not here: no library that offers
-one is among the dependencies.
+Nothing is copied before it: `heads_out` makes the tensors that the kernel before writes into. An
+8-bit attention is not here: no library that offers one is among the dependencies.
 
 Shape letters, in this module only:
     B  batch    S  tokens    N  heads    D  head channels

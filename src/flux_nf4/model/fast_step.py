@@ -14,7 +14,7 @@ Shape letters, in this module only:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,40 @@ def project(layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
     return layer.multiply(rows, dtype)
 
 
+def has_gelu(rows: Rows, *layers: nn.Module) -> TypeGuard[Tensor]:
+    """Whether the product of the first layer's rows can end in GELU, as the next one's input."""
+    return (
+        isinstance(rows, Tensor)
+        and rows.is_cuda
+        and all(isinstance(layer, NF4Linear) and layer.bias is not None for layer in layers)
+        and all(arithmetic_of(layer) == "bf16" for layer in layers)
+    )
+
+
+def project_gelu(layer: nn.Module, x_BSH: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+    """A product in two: columns up to `start`, and GELU of the others in the product's own float32.
+
+    (B, S, H) -> (B, S, start), (B, S, out - start). No kernel of ours reads 100 MB to do it.
+    """
+    layer = cast("NF4Linear", layer)
+    x_MH, bias = x_BSH.flatten(0, 1), cast("Tensor", layer.bias).to(x_BSH.dtype)
+    w_NH = layer.expand_for_product(x_BSH.dtype)
+    plain = torch.addmm(bias[:start], x_MH, w_NH[:start].t()) if start else x_MH[:, :0]
+    gelu = torch._addmm_activation(bias[start:], x_MH, w_NH[start:].t(), use_gelu=True)
+    batch = x_BSH.shape[:1]
+    return plain.unflatten(0, (*batch, -1)), gelu.unflatten(0, (*batch, -1))
+
+
+def project_both(layer: nn.Module, first_BSX: Tensor, second_BSY: Tensor) -> Tensor:
+    """The product with two tensors side by side, which are not copied there: -> (B, S, out)."""
+    layer = cast("NF4Linear", layer)
+    first, second = first_BSX.flatten(0, 1), second_BSY.flatten(0, 1)
+    w_NK = layer.expand_for_product(first.dtype)
+    width = first.shape[1]
+    out = torch.addmm(cast("Tensor", layer.bias).to(first.dtype), first, w_NK[:, :width].t())
+    return out.addmm_(second, w_NK[:, width:].t()).view(*first_BSX.shape[:2], -1)
+
+
 def arithmetic_of(layer: nn.Module) -> Arithmetic:
     """What rows for `layer` must be in."""
     return layer.arithmetic if isinstance(layer, NF4Linear) else "bf16"
@@ -132,7 +166,10 @@ def _double(
         rows = fused.join(mixed_BSND[:, place], None, arithmetic_of(attention.proj))
         stream.update = project(attention.proj, rows, dtype), gate1
         rows = stream.norm_modulate(shift2, scale2, mlp[0])
-        rows = fused.join(None, project(mlp[0], rows, dtype), arithmetic_of(mlp[2]))
+        if has_gelu(rows, mlp[0], mlp[2]):
+            rows = project_gelu(mlp[0], rows)[1]
+        else:
+            rows = fused.join(None, project(mlp[0], rows, dtype), arithmetic_of(mlp[2]))
         stream.update = project(mlp[2], rows, dtype), gate2
 
 
@@ -140,18 +177,24 @@ def _single(
     block: SingleStreamBlock, stream: _Stream, modulation_B3H: Tensor, rope_2SF: Tensor
 ) -> None:
     shift_BH, scale_BH, gate_BH = modulation_B3H.chunk(3, dim=-1)
-    dtype, num_tokens = stream.x.dtype, stream.x.shape[1]
-    projected = project(
-        block.linear1, stream.norm_modulate(shift_BH, scale_BH, block.linear1), dtype
-    )
-    qkv, inner = projected.split(block.widths, dim=-1)
-    q, k, v = (_heads_out(block, stream.x, num_tokens) for _ in range(3))
-    fused.norm_rotate_out(qkv, block.norm, rope_2SF, (q, k, v))
-    rows = fused.join(attend(q, k, v), inner, arithmetic_of(block.linear2))
-    stream.update = project(block.linear2, rows, dtype), gate_BH
+    rows = stream.norm_modulate(shift_BH, scale_BH, block.linear1)
+    if has_gelu(rows, block.linear1, block.linear2):
+        qkv, inner = project_gelu(block.linear1, rows, block.widths[0])
+        attended = _attend(block, qkv, rope_2SF)
+        update = project_both(block.linear2, attended.flatten(2), inner)
+    else:
+        dtype = stream.x.dtype
+        qkv, inner = project(block.linear1, rows, dtype).split(block.widths, dim=-1)
+        rows = fused.join(_attend(block, qkv, rope_2SF), inner, arithmetic_of(block.linear2))
+        update = project(block.linear2, rows, dtype)
+    stream.update = update, gate_BH
 
 
-def _heads_out(
-    owner: StreamAttention | SingleStreamBlock, x_BSH: Tensor, num_tokens: int
-) -> Tensor:
-    return heads_out(x_BSH, num_tokens, owner.num_heads, x_BSH.shape[-1] // owner.num_heads)
+def _attend(block: SingleStreamBlock, qkv_BSX: Tensor, rope_2SF: Tensor) -> Tensor:
+    q, k, v = (_heads_out(block, qkv_BSX, qkv_BSX.shape[1]) for _ in range(3))
+    fused.norm_rotate_out(qkv_BSX, block.norm, rope_2SF, (q, k, v))
+    return attend(q, k, v)
+
+
+def _heads_out(owner: StreamAttention | SingleStreamBlock, like: Tensor, num_tokens: int) -> Tensor:
+    return heads_out(like, num_tokens, owner.num_heads, owner.norm.query_norm.scale.numel())

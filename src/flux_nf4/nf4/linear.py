@@ -151,7 +151,13 @@ class NF4Linear(nn.Module):
             return [self.absmax]
         return [self.nested_codes, self.nested_absmax, self.nested_levels, self.nested_offset]
 
-    def _expand_for_product(self, dtype: torch.dtype, inverse_scale_N: Tensor | None) -> Tensor:
+    def expand_for_product(
+        self, dtype: torch.dtype, inverse_scale_N: Tensor | None = None
+    ) -> Tensor:
+        """The weight for one use, in units of the rows' scales where their reciprocals are given.
+
+        () -> (N, K) `dtype`, which may lie in a buffer that the next layer writes to.
+        """
         return ops.expand_for_product(
             self.codes,
             self._absmax_tensors(),
@@ -169,7 +175,7 @@ class NF4Linear(nn.Module):
         rows (*, K) -> (*, N) `dtype`.
         """
         scale_N, inverse_scale_N = self.row_scales()
-        w_NK = self._expand_for_product(eight_bit.eight_bit_dtype(self.arithmetic), inverse_scale_N)
+        w_NK = self.expand_for_product(eight_bit.eight_bit_dtype(self.arithmetic), inverse_scale_N)
         return ops.multiply(rows, w_NK, scale_N, self.bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,7 +198,7 @@ class NF4Linear(nn.Module):
             return functional.linear(x, self.expand(x.dtype), bias)
         if self.arithmetic != "bf16":
             return self.multiply(eight_bit.quantize_rows(x, self.arithmetic), x.dtype)
-        return functional.linear(x, self._expand_for_product(x.dtype, None), bias)
+        return functional.linear(x, self.expand_for_product(x.dtype, None), bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(dtype)`, `.half()` and their kin come through here. Follow them to another device,

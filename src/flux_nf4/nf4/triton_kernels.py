@@ -9,9 +9,7 @@ and only where a GPU is at hand.
 A program expands `GROUP` blocks. Interleaving the two nibbles of a byte keeps values in the
 registers of the thread that loaded the byte, so stores are as wide as loads allow.
 
-A block has 16 values only. To e4m3 a thread works those out once, 16 bytes in four registers, and
-then picks bytes by code, four in three instructions (`_picking`): looking up and rounding each
-value took longer than its bytes' way through memory, 0.67 of a copy's speed.
+On NVIDIA's GPUs a thread picks a block's values from a table of its own instead (`picking`).
 
 Shape letters, in this module only:
     N  out features     S  block size             P  bytes, N*K / 2
@@ -19,7 +17,6 @@ Shape letters, in this module only:
 """
 
 import functools
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -29,10 +26,12 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from flux_nf4.nf4.codec import levels
+from flux_nf4.nf4.picking import Picked, instructions
 
 # Measured on an H200 (`benchmarks.kernels`): values per program and warps of the expansion.
 VALUES_PER_PROGRAM = 4096
 EXPAND_WARPS = 2
+_PICKED: dict[torch.dtype, Picked] = {torch.float8_e4m3fn: "e4m3", torch.bfloat16: "bf16"}
 # Rows, columns, depth, warps, stages of the int8 product, by compute capability (the largest
 # entry that is not above the device's). Shared memory bounds them: 227 KiB on Hopper, 99 KiB on
 # consumer cards, of which `stages` tiles of (rows + columns) * depth bytes must fit.
@@ -94,9 +93,7 @@ def _expand_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
         absmax *= tl.load(inverse_scale_N + block // blocks_per_row, mask=mask, other=0.0)
 
     if PICKING != "":
-        _store_picked(
-            codes_P, absmax[:, None], out_NK, block[:, None], mask[:, None], PICKING, BLOCK_SIZE
-        )
+        _store_picked(codes_P, absmax, out_NK, block, mask, PICKING, GROUP)
     else:
         _store_looked_up(
             codes_P, absmax, levels16, out_NK, block[:, None], mask[:, None], GROUP, BLOCK_SIZE
@@ -124,54 +121,56 @@ def _store_looked_up(
 
 
 @triton.jit
-def _store_picked(
-    codes_P, absmax, out_NK, block, mask, PICKING: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):
-    """16 values of a block by one thread: 8 bytes of codes in, 16 of e4m3 out."""
-    pieces: tl.constexpr = BLOCK_SIZE // 16
-    place = block * pieces + tl.arange(0, pieces)[None, :]
-    codes = tl.load(codes_P.to(tl.pointer_type(tl.int64)) + place, mask=mask, other=0)
-    first, second = tl.inline_asm_elementwise(
-        PICKING, "=l,=l,l,f", [codes, absmax], dtype=(tl.int64, tl.int64), is_pure=True, pack=1
-    )
-    out = out_NK.to(tl.pointer_type(tl.int64))
-    place = place[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    tl.store(out + place, tl.join(first, second), mask=mask[:, :, None])
+def _store_picked(codes_P, absmax, out_NK, block, mask, PICKING: tl.constexpr, GROUP: tl.constexpr):
+    """A block by each thread: 32 bytes of codes in, 64 of e4m3 or 128 of bfloat16 out."""
+    place = block[:, None] * 4 + tl.arange(0, 4)[None, :]
+    words = tl.load(codes_P.to(tl.pointer_type(tl.int64)) + place, mask=mask[:, None], other=0)
+    even, odd = tl.split(tl.reshape(words, [GROUP, 2, 2]))
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    num_out: tl.constexpr = 8 * out_NK.dtype.element_ty.primitive_bitwidth // 8
+    if num_out == 8:
+        o0, o1, o2, o3, o4, o5, o6, o7 = tl.inline_asm_elementwise(
+            PICKING,
+            "=&l," * 8 + "l,l,l,l,f",
+            [c0, c1, c2, c3, absmax],
+            dtype=(tl.int64,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+        values = _in_order(o0, o1, o2, o3, o4, o5, o6, o7)
+    else:
+        o0, o1, o2, o3, o4, o5, o6, o7, p0, p1, p2, p3, p4, p5, p6, p7 = tl.inline_asm_elementwise(
+            PICKING,
+            "=&l," * 16 + "l,l,l,l,f",
+            [c0, c1, c2, c3, absmax],
+            dtype=(tl.int64,) * 16,
+            is_pure=True,
+            pack=1,
+        )
+        even = _in_order(o0, o2, o4, o6, p0, p2, p4, p6)
+        odd = _in_order(o1, o3, o5, o7, p1, p3, p5, p7)
+        values = tl.join(even, odd)
+    values = tl.reshape(values, [GROUP, num_out])
+    place = block[:, None] * num_out + tl.arange(0, num_out)[None, :]
+    tl.store(out_NK.to(tl.pointer_type(tl.int64)) + place, values, mask=mask[:, None])
 
 
-@functools.cache
-def _picking(quant_type: str) -> str:
-    """PTX from 8 bytes of codes $2 and their absmax $3 to 16 values of e4m3, in order: $0 and $1.
-
-    A register of four table entries is half of what `prmt` picks from, by the lower three bits of
-    a code; the highest bit picks between two such results. In a byte the first value's code is
-    the upper half, hence the last pick changes the places of two neighbours.
-    """
-    lines = [".reg .b32 t<4>, lo, hi, w, m, n, a, b;", ".reg .f32 f<16>;", ".reg .b16 h<8>;"]
-    lines.append("mov.b64 {lo, hi}, $2;")
-    for code, level in enumerate(levels(quant_type).tolist()):
-        bits = int.from_bytes(struct.pack(">f", level))
-        lines.append(f"mul.rn.f32 f{code}, $3, 0f{bits:08X};")
-    lines += [f"cvt.rn.satfinite.e4m3x2.f32 h{i}, f{2 * i + 1}, f{2 * i};" for i in range(8)]
-    lines += [f"mov.b32 t{i}, {{h{2 * i}, h{2 * i + 1}}};" for i in range(4)]
-    for out, word in (("$0", "lo"), ("$1", "hi")):
-        lines.append(f"and.b32 m, {word}, 0x77777777;")
-        # The highest bit of each code, moved to where its neighbour's place is chosen.
-        lines += [f"shr.b32 a, {word}, 5;", "and.b32 a, a, 0x04040404;"]
-        lines += [f"shl.b32 b, {word}, 3;", "and.b32 b, b, 0x40404040;"]
-        lines += ["or.b32 n, a, b;", "or.b32 n, n, 0x23012301;"]
-        for half in ("a", "b"):
-            lines += ["prmt.b32 w, t0, t1, m;", f"prmt.b32 {half}, t2, t3, m;"]
-            lines += [f"prmt.b32 {half}, w, {half}, n;", "shr.b32 m, m, 16;", "shr.b32 n, n, 16;"]
-        lines.append(f"mov.b64 {out}, {{a, b}};")
-    return "{\n" + "\n".join(lines) + "\n}"
+@triton.jit
+def _in_order(a, b, c, d, e, f, g, h):
+    """Eight tensors as one, of three more axes: the bits of their numbers."""
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.join(even, odd)
 
 
-def _can_pick(codes_P: Tensor, out_NK: Tensor) -> bool:
+def _picking(codes_P: Tensor, out_NK: Tensor, block_size: int, quant_type: str) -> str:
+    """The instructions to pick with, or none."""
+    picked = _PICKED.get(out_NK.dtype)
     is_aligned = codes_P.data_ptr() % 8 == 0 and out_NK.data_ptr() % 8 == 0
-    return (
-        out_NK.dtype == torch.float8_e4m3fn and is_aligned and has_own_instructions(_expand_kernel)
-    )
+    if picked is None or block_size != 64 or not is_aligned:
+        return ""
+    return instructions(quant_type, picked) if has_own_instructions(_expand_kernel) else ""
 
 
 def has_own_instructions(kernel: object) -> bool:
@@ -216,7 +215,7 @@ def expand_into(
             max(1, out_NK.shape[-1] // block_size),
             NESTED_BLOCK_SIZE=nested_block_size if len(absmax) > 1 else 0,
             IS_SCALED=inverse_scale_N is not None,
-            PICKING=_picking(quant_type) if _can_pick(codes_P, out_NK) else "",
+            PICKING=_picking(codes_P, out_NK, block_size, quant_type),
             GROUP=group,
             BLOCK_SIZE=block_size,
             num_warps=EXPAND_WARPS,

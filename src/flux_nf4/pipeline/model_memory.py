@@ -86,6 +86,7 @@ class ModelMemory:
         self._workload: Workload | None = None
         self._phases: set[Phase] = set()
         self._was_least = False
+        self.num_shrinks = 0
         self.plan: Plan | None = None
 
     def plan_within(self, vram: int | None, workload: Workload) -> Plan:
@@ -175,6 +176,7 @@ class ModelMemory:
                 "the device has no memory left", hint="draw a smaller image, or fewer at once"
             )
         assert self._workload is not None
+        self.num_shrinks += 1
         context_bytes = self._budget.context_bytes
         least = smallest_budget(self.inventory, self._workload, context_bytes=context_bytes)
         peak_bytes = self._budget.device_bytes if self.plan is None else self.plan.peak_bytes

@@ -60,6 +60,7 @@ class Engine:
         job_cancelled   cause
         job_finished    api, state, duration_s (from its acceptance), code (or None)
         rejected        reason                   `queue_full`, `draining`, `rate_limit`
+        out_of_memory   stage, action            `failed`, or `shrunk`: to a smaller plan
         worker_restarted  device, reason
         replayed        reason                   `worker_lost` or `restart`
     """
@@ -203,11 +204,11 @@ class Engine:
         own_s = None if job.is_finished else self._pace.remaining_s(job)
         if own_s is None or job.state == "running":
             return own_s
-        before_s = sum(self._remaining_s(each.job) for each in self._running.values())
+        before_s = sum(self._pace.remaining_s(each.job) or 0.0 for each in self._running.values())
         for other in self._queue:
             if other is job:
                 break
-            before_s += self._remaining_s(other)
+            before_s += self._pace.remaining_s(other) or 0.0
         num_ready = sum(worker.state in ("idle", "busy") for worker in self._workers)
         return before_s / max(1, num_ready) + own_s
 
@@ -218,11 +219,11 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """Whether it can draw, and how much it has to do."""
-        is_ready = any(worker.state in ("idle", "busy") for worker in self._workers)
+        reason = self._reason()
         return EngineStatus(
-            is_ready=is_ready and not self._is_draining,
+            is_ready=reason is None,
             is_draining=self._is_draining,
-            reason=self._reason(is_ready=is_ready),
+            reason=reason,
             workers=tuple(worker.status for worker in self._workers),
             num_queued=len(self._queue),
             num_running=len(self._running),
@@ -373,19 +374,19 @@ class Engine:
     def _unfinished(self) -> list[Job]:
         return [job for job in self._jobs.values() if not job.is_finished]
 
-    def _remaining_s(self, job: Job) -> float:
-        return self._pace.remaining_s(job) or 0.0
-
     def _retry_after_s(self) -> float:
         """When a place in the queue will be free: when the first of the running jobs is done."""
         soonest = [self._pace.remaining_s(each.job) for each in self._running.values()]
         known = [seconds for seconds in soonest if seconds is not None]
         return min(_LONGEST_RETRY_S, max(1.0, min(known, default=_UNKNOWN_RETRY_S)))
 
-    def _reason(self, *, is_ready: bool) -> str | None:
+    def _reason(self) -> str | None:
+        """Why nothing can be drawn; None if it can."""
         if self._is_draining:
             return "the server is shutting down"
-        if is_ready:
+        if self._journal is not None and not self._journal.is_writable():
+            return "the disk is full, or cannot be written to"
+        if any(worker.state in ("idle", "busy") for worker in self._workers):
             return None
         reasons = [worker.reason for worker in self._workers if worker.reason]
         return f"the worker was lost: {reasons[0]}" if reasons else "the model is being loaded"

@@ -6,6 +6,7 @@ not lost with the power. One server at a time: the file is locked as long as it 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -56,6 +57,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._has_failed = False
         try:
             if not path.exists():
                 path.touch(mode=0o600)  # it will hold prompts
@@ -108,8 +110,16 @@ class Journal:
             else:
                 change = "UPDATE jobs SET num_attempts = ? WHERE id = ?"
                 self._write((change, (num_attempts, job.id)))
-        except FluxNF4Error:
+        except DiskError:
             _log.exception("job %s cannot be noted", job.id)
+
+    def is_writable(self) -> bool:
+        """Whether the last write went well; where it did not, whether one does now."""
+        if self._has_failed:
+            insert = "INSERT INTO uploads (job_id, name, data) VALUES ('', '', zeroblob(8192))"
+            with contextlib.suppress(DiskError):
+                self._write((insert, ()), ("DELETE FROM uploads WHERE job_id = ''", ()))
+        return not self._has_failed
 
     def jobs(self) -> list[Job]:
         """All jobs, in the order in which they came; to be asked for in the event loop.
@@ -166,7 +176,12 @@ class Journal:
                 for statement, values in statements:
                     connection.execute(statement, values)
 
-        self._guarded(write_all)
+        self._has_failed = True
+        try:
+            self._guarded(write_all)
+        except (FormatError, InputError) as error:  # of the file, which is no client's fault
+            raise DiskError(error.message) from error
+        self._has_failed = False
 
     def _guarded(self, action: Callable[[], _Result]) -> _Result:
         try:

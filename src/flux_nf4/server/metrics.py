@@ -19,7 +19,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from flux_nf4 import __version__
@@ -67,7 +67,9 @@ class Metrics:
         self._steps = self._counter("steps", "Denoising steps, of unfinished images too.")
         self._rejections = self._counter("admission_rejections", "Not taken, and why.", "reason")
         self._cancelled = self._counter("cancelled", "Jobs stopped, and by what.", "cause")
-        self._out_of_memory = self._counter("oom", "Jobs that found too little memory.")
+        self._out_of_memory = self._counter(
+            "oom", "Memory ran out, and what was done.", "stage", "action"
+        )
         self._restarts = self._counter("worker_restarts", "Workers lost, and how.", "reason")
         self._replays = self._counter("replays", "Jobs begun again.", "reason")
 
@@ -107,13 +109,14 @@ class Metrics:
     ) -> None:
         self._requests.labels(api, state, code or state).inc()
         self._duration.labels(api).observe(duration_s)
-        if code == "out_of_memory":
-            self._out_of_memory.inc()
 
     def _count_trouble(self, name: str, **facts: Any) -> None:
         match name:
             case "job_cancelled":
                 self._cancelled.labels(facts["cause"]).inc()
+            case "out_of_memory":
+                stage = _STAGES.get(facts["stage"], "other")
+                self._out_of_memory.labels(stage, facts["action"]).inc()
             case "rejected":
                 self._rejections.labels(facts["reason"]).inc()
             case "replayed":
@@ -133,8 +136,8 @@ class _State(Collector):
         """Nothing, so that registering does not ask an engine that has not started."""
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """All gauges."""
+    def collect(self) -> Iterator[Metric]:
+        """All gauges, and what the workers count themselves."""
         status, model = self._engine.status(), self._engine.capabilities
         yield _gauge("requests_waiting", "Jobs in the queue.", status.num_queued)
         yield _gauge("requests_running", "Jobs that are drawn.", status.num_running)
@@ -157,13 +160,24 @@ class _State(Collector):
         memory = GaugeMetricFamily(
             "flux_nf4_host_bytes", "Main memory of each worker process.", labels=("device",)
         )
+        vram = GaugeMetricFamily(
+            "flux_nf4_vram_bytes",
+            "Memory of each device: the budget, the last job's peak, weights that stay.",
+            labels=("device", "kind"),
+        )
+        moved = CounterMetricFamily(
+            "flux_nf4_offload_bytes", "Weights brought to each device.", labels=("device",)
+        )
         for worker in status.workers:
             workers.add_metric((worker.device, worker.state), 1)
+            if worker.usage is not None:
+                for kind in ("budget", "peak", "resident"):
+                    vram.add_metric((worker.device, kind), worker.usage[kind])
+                moved.add_metric((worker.device,), worker.usage["moved"])
             num_bytes = _resident_bytes(worker.pid)
             if num_bytes is not None:
                 memory.add_metric((worker.device,), num_bytes)
-        yield workers
-        yield memory
+        yield from (workers, memory, vram, moved)
 
 
 def router(context: Context) -> APIRouter:

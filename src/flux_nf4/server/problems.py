@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from flux_nf4.errors import Cancelled, DoesNotFitError, FluxNF4Error, FormatError, InputError
+from flux_nf4.errors import (
+    Cancelled,
+    DiskError,
+    DoesNotFitError,
+    FluxNF4Error,
+    FormatError,
+    InputError,
+)
 from flux_nf4.server.jobs import DrainingError, NotReadyError, QueueFullError
 
 if TYPE_CHECKING:
@@ -27,6 +35,7 @@ MAX_RETRY_AFTER_S = 120
 _LONGEST_QUOTE = 60
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
+_log = logging.getLogger(__name__)
 _FIRST_NAME = re.compile(r"`([a-z_]+)`")
 
 
@@ -99,6 +108,10 @@ def as_api_error(error: FluxNF4Error) -> ApiError:
         return ApiError(400, error.message, code="invalid_value", param=param, hint=error.hint)
     if isinstance(error, FormatError):
         return ApiError(400, error.message, code="invalid_file", hint=error.hint)
+    if isinstance(error, DiskError):
+        _log.error("%s", error.message)  # which names the file: no client's business
+        message = "the server's disk is full, or cannot be written to"
+        return ApiError(507, message, code="disk_full", headers={"x-should-retry": "false"})
     if isinstance(error, DoesNotFitError):
         return ApiError(503, error.message, code="out_of_memory", hint=error.hint)
     if isinstance(error, Cancelled):

@@ -62,11 +62,15 @@ class Running:
                 case "step":
                     await self._tell_step(frame, pixels)
                 case "notice":
+                    if frame["is_oom"]:
+                        self._observe("out_of_memory", stage=self._stage, action="shrunk")
                     self.job.notices.append(frame["message"])
                     self.job.emit("notice", {"message": frame["message"]})
                 case "image":
                     await self._tell_image(frame, pixels)
-                case _:
+                case last:
+                    if last == "failed" and frame["error"]["code"] == "out_of_memory":
+                        self._observe("out_of_memory", stage=self._stage, action="failed")
                     self._begin_stage("", frame["came_s"])
                     return frame
 

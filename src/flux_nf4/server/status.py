@@ -84,12 +84,17 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """One worker process. `failed`: it ended badly several times in a row, and is tried again."""
+    """One worker process. `failed`: it ended badly several times in a row, and is tried again.
+
+    `usage` is of the device's memory, in bytes, as its last job left it: the `budget`, weights that
+    are `resident`, the `peak` of what was allocated, and all that was `moved` there since it began.
+    """
 
     device: str
     pid: int | None
     state: WorkerState
     num_restarts: int
+    usage: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

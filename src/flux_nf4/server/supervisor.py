@@ -113,6 +113,7 @@ class Supervisor:
         self.reason: str | None = None
         self.load_error: dict[str, Any] | None = None
         self.num_restarts = 0
+        self._usage: dict[str, int] | None = None
         self._settings = settings
         self._listener = listener
         self._command = command
@@ -132,7 +133,11 @@ class Supervisor:
         """What the engine's status says of it."""
         pid = None if self._process is None else self._process.pid
         return WorkerStatus(
-            device=self.device, pid=pid, state=self.state, num_restarts=self.num_restarts
+            device=self.device,
+            pid=pid,
+            state=self.state,
+            num_restarts=self.num_restarts,
+            usage=self._usage,
         )
 
     @property
@@ -223,7 +228,7 @@ class Supervisor:
             self.num_restarts += 1
             self.state = "failed" if num_failures >= _FAILURES_OF_A_LOOP else "restarting"
             self.reason = reason
-            job_id, self.job_id = self.job_id, None
+            job_id, self.job_id, self._usage = self.job_id, None, None
             self._forget_plans(reason)
             _log.warning("the worker on %s was lost: %s", self.device, reason)
             self._listener.worker_lost(self, job_id, reason)
@@ -333,7 +338,7 @@ class Supervisor:
             raise FormatError("a worker speaks of a job that is not its own")
         if kind in _ENDS:
             self._watch(None)
-            self.state, self.job_id = "idle", None
+            self.state, self.job_id, self._usage = "idle", None, frame["usage"]
         elif not self._is_cancelling:
             self._watch(self._step_timeout_s, "it gave no sign of life")
         if kind not in ("stage", "notice"):

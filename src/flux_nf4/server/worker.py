@@ -9,9 +9,9 @@ standard error. It ends with its parent, however that ends. What it says, by `ki
     unloadable  error                      the model cannot be loaded; the process ends
     stage    job, stage                    a sign of life, as is every frame of a job
     step     job, step, num_steps, preview (its width and height; the pixels are shared), or null
-    notice   job, message
+    notice   job, message, is_oom (it tells that memory ran out, and of a smaller plan)
     image    job, index, seed, width, height   the RGB pixels are shared
-    done, cancelled, failed   job, and for the last: error
+    done, cancelled, failed   job, usage (of memory, or null), and for the last: error
     memory   memory (the plan for another budget), or error
 
 and what it is told: `settings` (first of all), `job`, `cancel`, `memory` (another budget), and
@@ -246,13 +246,13 @@ class Worker:
         try:
             self._draw(job_id, self._request(order))
         except Cancelled:
-            self.parent.send("cancelled", job=job_id)
+            self.parent.send("cancelled", job=job_id, usage=self._usage())
         except (FluxNF4Error, *_FAULTS) as error:
             failure = describe(error)
             if failure["status"] >= 500:
                 traceback.print_exc()
         else:
-            self.parent.send("done", job=job_id)
+            self.parent.send("done", job=job_id, usage=self._usage())
         self.parent.cancelled.discard(job_id)
         # Only here, without the error, is the memory free that its traceback held.
         if failure is not None:
@@ -261,9 +261,21 @@ class Worker:
     def _fail(self, job_id: str, failure: dict[str, Any]) -> None:
         is_sound = self._is_sound()
         if is_sound or failure["code"] == "out_of_memory":
-            self.parent.send("failed", job=job_id, error=failure)
+            self.parent.send("failed", job=job_id, usage=self._usage(), error=failure)
         if not is_sound:
             os._exit(1)  # the next worker gets a device that works, and the job if need be
+
+    def _usage(self) -> dict[str, int] | None:
+        """What the last images took of the device: `WorkerStatus.usage`."""
+        memory = self.model.memory
+        if memory.residency is None or memory.plan is None:
+            return None
+        return {
+            "budget": memory.plan.budget.device_bytes,
+            "resident": memory.plan.bytes_in("device"),
+            "peak": memory.residency.device.peak_bytes() or 0,
+            "moved": memory.residency.moved_bytes,
+        }
 
     def _request(self, order: dict[str, Any]) -> GenerationRequest:
         images: dict[str, Image] = {}
@@ -277,6 +289,8 @@ class Worker:
     def _draw(self, job_id: str, request: GenerationRequest) -> None:
         from flux_nf4.pipeline import events
 
+        memory = self.model.memory
+        num_shrinks = memory.num_shrinks
         for event in self._events(request, job_id):
             match event:
                 case events.StageStarted():
@@ -288,7 +302,10 @@ class Worker:
                     else:
                         self.parent.send_image("step", event.preview, **values)
                 case events.Notice():
-                    self.parent.send("notice", job=job_id, message=event.message)
+                    is_oom = memory.num_shrinks > num_shrinks
+                    num_shrinks = memory.num_shrinks
+                    values = {"job": job_id, "message": event.message, "is_oom": is_oom}
+                    self.parent.send("notice", **values)
                 case events.ImageDone():
                     values = {"job": job_id, "index": event.index, "seed": event.seed}
                     self.parent.send_image("image", event.image, **values)

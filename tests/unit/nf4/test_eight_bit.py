@@ -161,7 +161,7 @@ def test_transient_weight_equals_the_expansion():
         layer = random_layer(nested=nested)
         weight: NF4Weight = layer.weight
         expected = ops.dequantize(weight, torch.bfloat16)
-        assert torch.equal(layer._expand_for_product(torch.bfloat16, None), expected)
+        assert torch.equal(layer.expand_for_product(torch.bfloat16, None), expected)
 
 
 def test_scratch_is_the_same_memory_each_time():

@@ -1,13 +1,14 @@
-"""The instructions that pick e4m3 values by code, carried out as PTX's manual has them."""
+"""The instructions that pick values by code, carried out as PTX's manual has them."""
 
 import re
 import struct
 
+import numpy as np
 import pytest
 import torch
 
 from flux_nf4.nf4 import reference
-from flux_nf4.nf4.triton_kernels import _picking
+from flux_nf4.nf4.picking import NUM_WORDS, instructions
 
 WORD = 0xFFFFFFFF
 
@@ -16,8 +17,12 @@ def float_of(word):
     return torch.tensor(struct.unpack(">f", bytes.fromhex(word[2:])), dtype=torch.float32)
 
 
-def e4m3_byte(value):
-    return int(value.to(torch.float8_e4m3fn).view(torch.uint8))
+DTYPES = {"e4m3": (torch.float8_e4m3fn, torch.uint8), "bf16": (torch.bfloat16, torch.int16)}
+
+
+def bits_of(values, picked):
+    dtype, same_size = DTYPES[picked]
+    return values.to(dtype).view(same_size)
 
 
 def permuted(low, high, selector):
@@ -28,14 +33,19 @@ def permuted(low, high, selector):
     return sum(((both >> (8 * pick)) & 0xFF) << (8 * i) for i, pick in enumerate(picks))
 
 
-def converted(high, low):
-    return (e4m3_byte(high) << 8) | e4m3_byte(low)
+def converter(picked, num_bits):
+    def convert(high, low):
+        high, low = (int(bits_of(each, picked)) % 2**num_bits for each in (high, low))
+        return (high << num_bits) | low
+
+    return convert
 
 
 # Of what these instructions do, the part that their types leave to do here.
 OPERATIONS = {
     "mul.rn.f32": lambda x, y: x * y,
-    "cvt.rn.satfinite.e4m3x2.f32": converted,
+    "cvt.rn.satfinite.e4m3x2.f32": converter("e4m3", 8),
+    "cvt.rn.bf16x2.f32": converter("bf16", 16),
     "and.b32": int.__and__,
     "or.b32": int.__or__,
     "shr.b32": int.__rshift__,
@@ -44,9 +54,10 @@ OPERATIONS = {
 }
 
 
-def run(program, codes, absmax):
-    """-> $0 and $1 as 16 bytes."""
-    state = {"$2": codes, "$3": absmax}
+def run(program, codes, absmax, num_out):
+    """The bytes of the words that come out."""
+    given = [*codes, absmax]
+    state = {f"${num_out + i}": each for i, each in enumerate(given)}
 
     def value(name):
         if name.startswith("0f"):
@@ -55,29 +66,30 @@ def run(program, codes, absmax):
 
     for line in program.strip("{}\n").splitlines():
         name, _, rest = line.rstrip(";").partition(" ")
-        target, *given = re.findall(r"\{[^}]*\}|[^, ]+", rest)
+        target, *operands = re.findall(r"\{[^}]*\}|[^, ]+", rest)
         if name in OPERATIONS:
-            state[target] = OPERATIONS[name](*(value(each) for each in given))
+            state[target] = OPERATIONS[name](*(value(each) for each in operands))
         elif name.startswith("mov") and target.startswith("{"):
             low, high = target.strip("{}").split(", ")
-            state[low], state[high] = value(given[0]) & WORD, value(given[0]) >> 32
+            state[low], state[high] = value(operands[0]) & WORD, value(operands[0]) >> 32
         elif name.startswith("mov"):
-            low, high = (value(each) for each in given[0].strip("{}").split(", "))
+            low, high = (value(each) for each in operands[0].strip("{}").split(", "))
             state[target] = low | (high << (32 if name == "mov.b64" else 16))
         else:
             assert name == ".reg", line
-    return state["$0"].to_bytes(8, "little") + state["$1"].to_bytes(8, "little")
+    return b"".join(state[f"${i}"].to_bytes(8, "little") for i in range(num_out))
 
 
+@pytest.mark.parametrize("picked", ["e4m3", "bf16"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("absmax", [1.0, -3.7, 447.9, 1e-3, 0.0, float("nan")])
-def test_picked_bytes_are_the_rounded_products(quant_type, absmax):
-    program = _picking(quant_type)
-    for seed in range(20):
-        codes = torch.randint(0, 256, (8,), generator=torch.Generator().manual_seed(seed))
+def test_picked_bytes_are_the_rounded_products(picked, quant_type, absmax):
+    program = instructions(quant_type, picked)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(0, 256, (8 * NUM_WORDS,), generator=generator).to(torch.uint8)
         absmax_1 = torch.tensor([absmax])
-        layout = ((1, 16), 16, quant_type, torch.float32)
-        exact = reference.expand(codes.to(torch.uint8), absmax_1, *layout)
-        expected = exact[0].to(torch.float8_e4m3fn).view(torch.uint8).tolist()
-        found = run(program, int.from_bytes(bytes(codes.tolist()), "little"), absmax_1)
-        assert list(found) == expected
+        exact = reference.expand(codes, absmax_1, (1, 64), 64, quant_type, torch.float32)
+        expected = bits_of(exact[0], picked).numpy().tobytes()
+        words = np.frombuffer(codes.numpy().tobytes(), dtype="<u8").tolist()
+        assert run(program, words, absmax_1, len(expected) // 8) == expected

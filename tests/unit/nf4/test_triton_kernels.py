@@ -10,11 +10,15 @@ import pytest
 from ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, compile_for
 
 from flux_nf4.nf4 import triton_kernels
+from flux_nf4.nf4.picking import instructions
 
 TESTS = Path(__file__).parents[2]
+PICKED = {"fp8e4nv": "e4m3", "bf16": "bf16"}
 
 
-def expansion_ptx(capability: int, out: str, *, nested: bool = False) -> str:
+def expansion_ptx(
+    capability: int, out: str, *, nested: bool = False, is_picked: bool = True
+) -> str:
     """The expansion as it is launched, to a type in Triton's words."""
     is_scaled = out in ("i8", "fp8e4nv")
     signature = {
@@ -32,7 +36,7 @@ def expansion_ptx(capability: int, out: str, *, nested: bool = False) -> str:
     constants = {
         "NESTED_BLOCK_SIZE": 256 if nested else 0,
         "IS_SCALED": is_scaled,
-        "PICKING": triton_kernels._picking("nf4") if out == "fp8e4nv" else "",
+        "PICKING": instructions("nf4", PICKED[out]) if out in PICKED and is_picked else "",
         "GROUP": triton_kernels.VALUES_PER_PROGRAM // 64,
         "BLOCK_SIZE": 64,
     }
@@ -60,9 +64,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("out", ["bf16", "fp32", "i8", "fp8e4nv"])
-def test_expansion_compiles_for_every_generation(capability: int, out: str) -> None:
+@pytest.mark.parametrize("is_picked", [False, True])
+def test_expansion_compiles_for_every_generation(
+    capability: int, out: str, is_picked: bool
+) -> None:
     if out != "fp8e4nv" or capability in FP8_CAPABILITIES:
-        assert expansion_ptx(capability, out, nested=True)
+        assert expansion_ptx(capability, out, nested=True, is_picked=is_picked)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -94,12 +101,11 @@ def test_kernels_keep_subnormals() -> None:
     assert ".ftz" not in expansion_ptx(90, "fp32")
 
 
-def test_kernel_rounds_bfloat16_to_nearest() -> None:
-    assert "cvt.rn.bf16x2.f32" in expansion_ptx(90, "bf16")
-
-
-def test_kernel_rounds_e4m3_to_nearest() -> None:
-    assert "cvt.rn.satfinite.e4m3x2.f32" in expansion_ptx(90, "fp8e4nv")
+@pytest.mark.parametrize("is_picked", [False, True])
+def test_kernel_rounds_to_nearest(is_picked: bool) -> None:
+    assert "cvt.rn.bf16x2.f32" in expansion_ptx(90, "bf16", is_picked=is_picked)
+    in_e4m3 = expansion_ptx(90, "fp8e4nv", is_picked=is_picked)
+    assert "cvt.rn.satfinite.e4m3x2.f32" in in_e4m3
 
 
 @pytest.mark.parametrize("out", ["bf16", "fp8e4nv", "i8"])

@@ -40,7 +40,7 @@ class BrokenEngine(FakeEngine):
     ("error", "status", "code"),
     [
         (RuntimeError("secret detail"), 500, "internal_error"),
-        (DiskError("no space left"), 500, "internal_error"),
+        (DiskError("no space left"), 507, "disk_full"),
         (NumericalError("NaN in the text stage"), 500, "internal_error"),
         (DoesNotFitError("2 GB more were needed"), 503, "out_of_memory"),
     ],

@@ -105,6 +105,23 @@ def test_a_job_that_cannot_be_written_down_is_not_accepted(tmp_path):
     asyncio.run(claim())
 
 
+def test_a_server_whose_disk_is_full_is_not_ready_until_there_is_room(tmp_path):
+    async def claim():
+        async with serving(journal=tmp_path / "journal") as engine:
+            await engine.wait_ready()
+            limit = engine._journal._connection.execute
+            limit("PRAGMA max_page_count = 1")
+            with pytest.raises(DiskError):
+                submit(engine, "x" * 50_000)
+            assert engine.status().reason == "the disk is full, or cannot be written to"
+            assert not engine.status().is_ready
+            limit("PRAGMA max_page_count = 100000")
+            assert engine.status().is_ready
+            assert (await finished(engine)).state == "done"
+
+    asyncio.run(claim())
+
+
 SERVER = """
 import asyncio, sys
 from pathlib import Path

@@ -1,8 +1,10 @@
+import asyncio
 import os
 import re
 
 import httpx2
 import pytest
+from engines import finished, serving
 from live_server import live_server
 from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import FakeEngine, out_of_memory, wait_until
@@ -170,7 +172,6 @@ def test_too_little_memory_is_counted_and_named():
         draw(live)
         found = samples(scrape(live))
 
-    assert found["flux_nf4_oom_total"] == 1
     end = "api=sdapi,finish_reason=out_of_memory,status=failed"
     assert found[f"flux_nf4_requests_total{{{end}}}"] == 1
 
@@ -180,6 +181,31 @@ def test_a_workers_memory_is_told(metrics):
 
     assert _resident_bytes(os.getpid()) > 10**6
     assert _resident_bytes(2**22 + 1) is None
+
+
+def test_a_devices_memory_is_told_as_the_last_job_left_it():
+    async def claim():
+        async with serving("planned") as engine:
+            metrics = Metrics(engine)
+            await finished(engine)
+            kinds = ("budget", "peak", "resident")
+            told = [value(metrics, "vram_bytes", device="cpu", kind=kind) for kind in kinds]
+            assert told == [6, 5, 4]
+            assert value(metrics, "offload_bytes_total", device="cpu") == 3
+
+    asyncio.run(claim())
+
+
+@pytest.mark.parametrize(("prompt", "action"), [("fail", "failed"), ("notice", "shrunk")])
+def test_memory_that_ran_out_is_counted_where_it_did(prompt, action):
+    async def claim():
+        async with serving() as engine:
+            metrics = Metrics(engine)
+            engine.on_event.append(metrics.observe)
+            await finished(engine, prompt)
+            assert value(metrics, "oom_total", stage="denoise", action=action) == 1
+
+    asyncio.run(claim())
 
 
 def test_names_follow_prometheus_conventions(metrics):

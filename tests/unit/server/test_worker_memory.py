@@ -125,6 +125,15 @@ def test_memory_that_is_taken_away_is_free_at_once(worker, device):
     assert device.alive < before
 
 
+def test_a_job_tells_what_it_took(worker):
+    draw(worker)
+
+    usage = worker.parent.said["done"]["usage"]
+    assert usage["budget"] == PLENTY
+    assert 0 < usage["resident"] <= usage["peak"]
+    assert usage["moved"] >= usage["resident"]
+
+
 def test_images_are_the_same_within_another_budget_and_back(worker):
     image = draw(worker)
     worker.set_budget(least(worker))

@@ -86,8 +86,8 @@ export const STRINGS = {
   memory_budget: ["At most {size}.", "最多 {size}。"],
   memory_still: ["No weights move while it draws.", "绘图时权重不移动。"],
   memory_streams: [
-    "Less is slower: {size} of weights pass through in each step.",
-    "越少越慢：每一步传入 {size} 权重。",
+    "{size} of weights stream through it in each step, beside the arithmetic.",
+    "每一步在计算的同时传入 {size} 权重。",
   ],
   memory_hint: [
     "Counts from the next image on, until the server ends.",
