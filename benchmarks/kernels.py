@@ -143,8 +143,9 @@ def rotate(_: list[eight_bit.Arithmetic]) -> Iterator[Point]:
     qkv, rope = random(1, TOKENS, 3 * HIDDEN + INNER), random(2, TOKENS, CHANNELS // 2).float()
     weight = torch.ones(CHANNELS, device=DEVICE)
     for first, with_v, warps in itertools.product((False, True), (False, True), (2, 4, 8)):
-        with constants(attention, HEADS_FIRST=first), constants(fused_kernels, ROTATE_WARPS=warps):
-            q, k, v = (attention.heads_out(qkv, TOKENS, HEADS, CHANNELS) for _ in range(3))
+        with constants(fused_kernels, ROTATE_WARPS=warps):
+            sizes = TOKENS, HEADS, CHANNELS
+            q, k, v = (attention.heads_out(qkv, *sizes, heads_first=first) for _ in range(3))
             heads = (q, k, v if with_v else None)
             spent = milliseconds(
                 fused_kernels.norm_rotate_out, qkv[..., : 3 * HIDDEN], weight, weight, rope, heads
@@ -175,9 +176,10 @@ def attend(_: list[eight_bit.Arithmetic]) -> Iterator[Point]:
     for backend, first, is_apart in itertools.product(
         attention.BACKENDS, (False, True), (False, True)
     ):
-        with constants(attention, HEADS_FIRST=first), sdpa_kernel(backend):
+        with sdpa_kernel(backend):
+            sizes = TOKENS, HEADS, CHANNELS
             q, k, v = (
-                attention.heads_out(product, TOKENS, HEADS, CHANNELS).normal_() for _ in range(3)
+                attention.heads_out(product, *sizes, heads_first=first).normal_() for _ in range(3)
             )
             heads = [each.transpose(1, 2) for each in (q, k, v if is_apart else within)]
             try:

@@ -18,7 +18,7 @@ import torch
 
 from flux_nf4.cli.bench_record import drawing_record, environment, peer_record
 from flux_nf4.memory.activations import Workload
-from flux_nf4.model import attention, fused
+from flux_nf4.model import attention, fast_step, fused
 from flux_nf4.model.arithmetic import possible_arithmetic, set_arithmetic
 from flux_nf4.model.rope import rope_table
 from flux_nf4.model.sizes import flux_config
@@ -141,8 +141,8 @@ class Stepper:
         call = call or self.step
         device, blocks = self.model.device, self.model.transformer.blocks
         with self.model.memory.phase("denoise"):
-            if is_graph and device.type == "cuda" and self.model.memory.is_still:
-                self.predict = StepGraph(blocks, device, is_roomy=False)
+            if is_graph and StepGraph.is_possible(device):
+                self.predict = StepGraph(blocks, device)
                 call()
             call()  # compiles, and measures attention
             if device.type == "cuda":
@@ -276,7 +276,11 @@ def _tricks(stepper: Stepper) -> dict[str, Callable[[], Any]]:
         "modulation table": lambda: contextlib.nullcontext(stepper.conditioned_step),
         "cuDNN attention": swap(attention, "_fastest_backend", lambda *_: flash),
         "flash attention": swap(attention, "_fastest_backend", lambda *_: cudnn),
-        "order of heads": swap(attention, "HEADS_FIRST", not attention.HEADS_FIRST),
+        "order of heads": swap(
+            fast_step,
+            "HEADS_FIRST",
+            {name: not first for name, first in attention.HEADS_FIRST.items()},
+        ),
         "all fused kernels": swap(blocks, "fast_step", None),
         "scratch buffer": swap(
             ops,
@@ -324,7 +328,7 @@ def _profiled(stepper: Stepper) -> dict[str, Any]:
     device = stepper.model.device
     if device.type != "cuda":
         return {}
-    stepper.predict = StepGraph(stepper.model.transformer.blocks, device, is_roomy=True)
+    stepper.predict = StepGraph(stepper.model.transformer.blocks, device)
     for _ in range(20):  # the clocks settle
         stepper.step()
     torch.cuda.synchronize()

@@ -169,7 +169,7 @@ def test_bfloat16_error_is_at_most_twice_that_of_the_plain_step(blocks):
 def test_both_orders_of_heads_give_the_same(blocks, monkeypatch, heads_first):
     given = inputs(blocks.config)
     expected = blocks.plain_step(*given)
-    monkeypatch.setattr(attention, "HEADS_FIRST", heads_first)
+    monkeypatch.setitem(attention.HEADS_FIRST, "bf16", heads_first)
     assert relative_error(fused_step(blocks, *given), expected) < EIGHT_BIT_STEP["int8"]
 
 

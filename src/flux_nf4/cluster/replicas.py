@@ -7,7 +7,9 @@ its limits, and speaks to the replicas through a handle.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import io
 import logging
 import socket
 from dataclasses import dataclass
@@ -60,11 +62,12 @@ def connect(settings: ClusterSettings) -> None:
         FluxNF4Error: there is none at the address.
     """
     import ray
-    import ray.serve  # which sets up a log of its own
+    import ray.serve
 
-    log = logging.getLogger("ray.serve")
-    log.handlers, log.propagate = [], True
-    log.setLevel(logging.WARNING)
+    for name in ("ray", "ray.serve"):  # which set up logs of their own
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [], True
+        log.setLevel(logging.WARNING)
     try:
         if settings.address not in (None, "auto"):
             # Ray itself would try for a quarter of an hour.
@@ -93,9 +96,11 @@ def disconnect(settings: ClusterSettings) -> None:
     from ray import serve
 
     serve.delete(APPLICATION)
-    if settings.address is None:
-        serve.shutdown()
-    ray.shutdown()
+    # Ray prints that its controller was killed, which it does itself.
+    with contextlib.redirect_stdout(io.StringIO()):
+        if settings.address is None:
+            serve.shutdown()
+        ray.shutdown()
 
 
 def cluster_engine(settings: EngineSettings, cluster: ClusterSettings) -> ClusterEngine:

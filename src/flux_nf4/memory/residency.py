@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from flux_nf4.memory.device import Device, Mark
     from flux_nf4.memory.placement import Phase, Placement, Plan
 
-NUM_READERS = 8  # threads that read from a file at once
+NUM_READERS = 16  # threads that read from a file at once
 NUM_STAGING = 2  # one is read into while the other is copied from
 LOOKAHEAD = 6  # units of the loop that are asked for before they are needed
 OWN = -1  # in place of a slot: a buffer of its own
@@ -166,8 +166,8 @@ class _Running:
     """A phase under way: its ring, what is to come, and what is on its way in order of use."""
 
     ring: list[Tensor]
-    free: deque[int]
-    upcoming: deque[str]
+    free: set[int]
+    upcoming: deque[tuple[str, int]]
     ahead: deque[tuple[str, int, Move]] = field(default_factory=deque)
     views: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     loop: dict[str, Tensor] = field(default_factory=dict)
@@ -190,6 +190,7 @@ class Residency:
         self._kept: dict[str, Tensor] = {}
         self._pending: dict[str, Move] = {}
         self._running: _Running | None = None
+        self._units: dict[nn.Module, str] = {}
         self.plan: Plan | None = None
         for each in contents.values():
             each.take_away()
@@ -206,11 +207,16 @@ class Residency:
 
     def watch(self, unit: str, module: nn.Module) -> None:
         """Ask for a unit whenever a module is called."""
+        self._units[module] = unit
 
         def ask(*_: object) -> None:
             self.need(unit)
 
         module.register_forward_pre_hook(ask)
+
+    def is_streamed(self, module: nn.Module) -> bool:
+        """Whether a module that is watched finds its weights anew in every pass."""
+        return self._placements[self._units[module]].use == "streamed"
 
     def adopt(self, plan: Plan) -> None:
         """Follow another plan from now on; what it keeps begins to load.
@@ -252,11 +258,9 @@ class Residency:
         streamed = [unit for unit in units if uses[unit] == "streamed"]
         moving = [unit for unit in units if uses[unit] in ("streamed", "loop")]
         ring = planned.ring
-        running = _Running(
-            ring=[],
-            free=deque(range(ring.num_slots)),
-            upcoming=deque([*moving, *(num_passes - 1) * streamed]),
-        )
+        slots = dict(zip(streamed, slots_in_turn(len(streamed), ring.num_slots), strict=True))
+        moves = [(unit, slots.get(unit, OWN)) for unit in [*moving, *(num_passes - 1) * streamed]]
+        running = _Running(ring=[], free=set(range(ring.num_slots)), upcoming=deque(moves))
         try:
             running.ring += (self.device.allocate(ring.slot_bytes) for _ in range(ring.num_slots))
             self._running = running
@@ -278,6 +282,7 @@ class Residency:
         if running is not None and running.unit != unit:
             self._retire(running)
             running.unit = unit
+            self._advance(running)
             if unit not in self._kept:
                 self._take(running, unit)
             self._advance(running)
@@ -302,18 +307,17 @@ class Residency:
     def _retire(self, running: _Running) -> None:
         """The unit before is done, as far as the device was told: its slot takes another."""
         if running.slot is not None:
-            running.free.append(running.slot)
+            running.free.add(running.slot)
             running.slot = None
 
     def _advance(self, running: _Running) -> None:
         """Send for what comes next: into slots that are free, and a few units for the loop."""
         while running.upcoming and len(running.ahead) < LOOKAHEAD:
-            unit = running.upcoming[0]
-            if self._placements[unit].use == "loop":
-                slot = OWN
+            unit, slot = running.upcoming[0]
+            if slot == OWN:
                 target = running.loop[unit] = self.device.allocate(self._contents[unit].num_bytes)
-            elif running.free:
-                slot = running.free.popleft()
+            elif slot in running.free:
+                running.free.remove(slot)
                 target = running.ring[slot]
             else:
                 return
@@ -347,6 +351,19 @@ class Residency:
             return
         with contextlib.suppress(FluxNF4Error, RuntimeError, OSError, MemoryError):
             self.device.wait(move.moved.result())
+
+
+def slots_in_turn(num_units: int, num_slots: int) -> list[int]:
+    """A slot for each unit, the same in every pass: what was captured finds its weights there.
+
+    Rounds over all slots, and as many without the last one as let the pass end with a round: of
+    two passes, too, no unit waits for the slot of one just before it.
+    """
+    num_short = -num_units % num_slots if num_slots else 0
+    num_full = (num_units - num_short * (num_slots - 1)) // max(1, num_slots)
+    if num_full < 0:
+        return [i % num_slots for i in range(num_units)]
+    return [*range(num_slots)] * num_full + [*range(num_slots - 1)] * num_short
 
 
 _UNITS: dict[Phase, tuple[str, ...]] = {

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flux_nf4.nf4.eight_bit import Arithmetic
+
 # Those that keep no matrix of scores, which is gigabytes. The first is taken where nothing can be
 # measured, while a graph is captured.
 BACKENDS = (
@@ -32,17 +34,20 @@ BACKENDS = (
 NUM_TIMED_CALLS = 3
 # The device idles as long before timed calls, until all of them have been asked for.
 NUM_HEAD_START_CYCLES = 4_000_000
-# Memory order (B, N, S, D) instead of (B, S, N, D), which is also that of the products before and
-# after. On an H200 cuDNN reaches 645 TFLOP/s with the first, values apart, and 600 with the other.
-HEADS_FIRST = True
+# Memory order (B, N, S, D) instead of (B, S, N, D), by the arithmetic of the product that follows.
+# On an H200 cuDNN reaches 645 TFLOP/s with the first, values apart, and 600 with the other; but a
+# bfloat16 product reads the other as it is, and 8 bits are written anew in any case.
+HEADS_FIRST: dict[Arithmetic, bool] = {"bf16": False, "fp8": True, "int8": True}
 
 _fastest: dict[tuple[Any, ...], SDPBackend] = {}
 
 
-def heads_out(like: Tensor, num_tokens: int, num_heads: int, head_dim: int) -> Tensor:
-    """An uninitialised (B, S, N, D) in the memory order of choice; batch and dtype of `like`."""
+def heads_out(
+    like: Tensor, num_tokens: int, num_heads: int, head_dim: int, *, heads_first: bool
+) -> Tensor:
+    """An uninitialised (B, S, N, D) in one memory order or the other; batch and dtype of `like`."""
     batch = like.shape[0]
-    if HEADS_FIRST:
+    if heads_first:
         return like.new_empty(batch, num_heads, num_tokens, head_dim).transpose(1, 2)
     return like.new_empty(batch, num_tokens, num_heads, head_dim)
 

@@ -167,6 +167,12 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x_BLH, shift_BH, scale_BH))
 
 
+def call_hooks(block: nn.Module) -> None:
+    """The hooks of a block that runs without being called: they may wait for its weights."""
+    for hook in block._forward_pre_hooks.values():
+        hook(block, ())
+
+
 class FluxBlocks(nn.Module):
     """From noisy image tokens, text tokens and one table row to the predicted velocity."""
 
@@ -175,6 +181,8 @@ class FluxBlocks(nn.Module):
         self.config = config
         # `fast_step.fast_step`, set by whoever builds a model to draw with.
         self.fast_step: Callable[[FluxBlocks, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+        # What `fast_step` does before each block, which it does not call.
+        self.on_block: Callable[[nn.Module], None] = call_hooks
         self.img_in = nn.Linear(config.in_channels, config.hidden_size)
         self.txt_in = nn.Linear(config.context_dim, config.hidden_size)
         self.double_blocks = nn.ModuleList(

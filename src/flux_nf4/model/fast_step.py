@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_nf4.model import fused
-from flux_nf4.model.attention import attend, heads_out
+from flux_nf4.model.attention import HEADS_FIRST, attend, heads_out
 from flux_nf4.nf4.linear import NF4Linear
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         DoubleStreamBlock,
         FluxBlocks,
         SingleStreamBlock,
-        StreamAttention,
     )
     from flux_nf4.model.fused import Rows
     from flux_nf4.nf4.eight_bit import Arithmetic
@@ -55,21 +54,15 @@ def fused_step(
     num_txt = txt_BTD.shape[1]
     img, txt = _Stream(blocks.img_in(img_BLC)), _Stream(blocks.txt_in(txt_BTD))
     for i, block in enumerate(blocks.double_blocks):
-        _begin(block)
+        blocks.on_block(block)
         _double(cast("DoubleStreamBlock", block), img, txt, double[i], rope_2SF)
     joined = _Stream(torch.cat((txt.updated(), img.updated()), dim=1))
     for i, block in enumerate(blocks.single_blocks):
-        _begin(block)
+        blocks.on_block(block)
         _single(cast("SingleStreamBlock", block), joined, single[i], rope_2SF)
     shift_BH, scale_BH = final.chunk(2, dim=-1)
     rows = joined.tokens(num_txt).norm_modulate(shift_BH, scale_BH, blocks.final_layer.linear)
     return project(blocks.final_layer.linear, rows, img_BLC.dtype)
-
-
-def _begin(block: nn.Module) -> None:
-    """Call the hooks of a block that runs without being called: they may wait for its weights."""
-    for hook in block._forward_pre_hooks.values():
-        hook(block, ())
 
 
 def project(layer: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -155,7 +148,9 @@ def _double(
         (txt, block.txt_attn, block.txt_mlp, txt_vectors, slice(0, num_txt)),
         (img, block.img_attn, block.img_mlp, img_vectors, slice(num_txt, None)),
     )
-    q, k, v = (_heads_out(block.img_attn, img.x, rope_2SF.shape[1]) for _ in range(3))
+    heads_first = HEADS_FIRST[arithmetic_of(block.img_attn.proj)]
+    sizes = rope_2SF.shape[1], block.img_attn.num_heads, 2 * rope_2SF.shape[2]
+    q, k, v = (heads_out(img.x, *sizes, heads_first=heads_first) for _ in range(3))
     for stream, attention, _, (shift, scale, *_), place in sides:
         rows = stream.norm_modulate(shift, scale, attention.qkv)
         qkv = project(attention.qkv, rows, dtype)
@@ -191,10 +186,10 @@ def _single(
 
 
 def _attend(block: SingleStreamBlock, qkv_BSX: Tensor, rope_2SF: Tensor) -> Tensor:
-    q, k, v = (_heads_out(block, qkv_BSX, qkv_BSX.shape[1]) for _ in range(3))
-    fused.norm_rotate_out(qkv_BSX, block.norm, rope_2SF, (q, k, v))
+    heads_first = HEADS_FIRST[arithmetic_of(block.linear2)]
+    sizes = qkv_BSX.shape[1], block.num_heads, 2 * rope_2SF.shape[2]
+    q, k, v = (heads_out(qkv_BSX, *sizes, heads_first=heads_first) for _ in range(3))
+    if not heads_first:
+        v = qkv_BSX.unflatten(-1, (3, *q.shape[2:]))[:, :, 2]  # as it lies there
+    fused.norm_rotate_out(qkv_BSX, block.norm, rope_2SF, (q, k, v if heads_first else None))
     return attend(q, k, v)
-
-
-def _heads_out(owner: StreamAttention | SingleStreamBlock, like: Tensor, num_tokens: int) -> Tensor:
-    return heads_out(like, num_tokens, owner.num_heads, owner.norm.query_norm.scale.numel())

@@ -32,6 +32,12 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     return buffer[:num_bytes].view(dtype).view(*shape)
 
 
+def scratch_buffer(device: torch.device) -> Tensor | None:
+    """This thread's buffer on a device, for whoever must keep it from becoming another's memory."""
+    buffers: dict[torch.device, Tensor] = _of_thread.__dict__.get("buffers", {})
+    return buffers.get(device)
+
+
 def release() -> None:
     """Give back this thread's buffers, on every device."""
     _of_thread.__dict__.pop("buffers", None)

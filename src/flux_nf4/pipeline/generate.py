@@ -21,7 +21,6 @@ import torch
 from flux_nf4.errors import Cancelled, ShapeError
 from flux_nf4.memory.activations import Workload
 from flux_nf4.model.rope import rope_table
-from flux_nf4.model.step_graph import LEAST_CALLS, StepGraph
 from flux_nf4.pipeline.conditioning import (
     Conditioning,
     condition,
@@ -243,7 +242,9 @@ class _Loop:
             try:
                 num_passes = (num_steps - step) * len(self.conditionings)
                 with memory.phase("denoise", num_passes=num_passes):
-                    predict = partial(self._predictor(num_passes), rope_2SF=self._rope())
+                    model, rope = self.model, self._rope()
+                    blocks = memory.predictor(model.transformer.blocks, model.device, num_passes)
+                    predict = partial(blocks, rope_2SF=rope)
                     while step < num_steps:
                         _stop_if(is_cancelled)
                         x_BLD, done = self._step(x_BLD, step, predict, on_step)
@@ -257,14 +258,6 @@ class _Loop:
             yield Notice(message=memory.shrink())
             if (memory.batch_size or len(x_BLD)) < len(x_BLD):
                 return None
-
-    def _predictor(self, num_passes: int) -> Callable[..., Tensor]:
-        """The blocks, or a graph of them where they repeat unchanged often enough."""
-        model = self.model
-        is_graph = model.device.type == "cuda" and model.memory.is_still
-        if not is_graph or num_passes < LEAST_CALLS:
-            return model.transformer.blocks
-        return StepGraph(model.transformer.blocks, model.device, is_roomy=model.memory.is_roomy)
 
     def _rope(self) -> Tensor:
         model, request = self.model, self.request

@@ -23,16 +23,18 @@ from flux_nf4.memory.device import CudaDevice, PlainDevice
 from flux_nf4.memory.inventory import Inventory, take_inventory
 from flux_nf4.memory.plan import largest_size, make_plan, smallest_budget
 from flux_nf4.memory.residency import Residency
+from flux_nf4.model.step_graph import LEAST_CALLS, StepGraph
 from flux_nf4.pipeline.events import Notice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from flux_nf4.formats.component import Component, ComponentKind
     from flux_nf4.memory.device import Device
     from flux_nf4.memory.placement import Phase, Plan
+    from flux_nf4.model.blocks import FluxBlocks
     from flux_nf4.pipeline.conditioning import Text
 
     Parts = Mapping[ComponentKind, tuple[nn.Module, Component]]
@@ -87,6 +89,7 @@ class ModelMemory:
         self._phases: set[Phase] = set()
         self._was_least = False
         self.num_shrinks = 0
+        self._graph: StepGraph | None = None
         self.plan: Plan | None = None
 
     def plan_within(self, vram: int | None, workload: Workload) -> Plan:
@@ -107,7 +110,9 @@ class ModelMemory:
         """
         self._budget, self.plan = self._budget_of(vram), None
         if self.residency is not None:
-            self.residency.device.cap(None if vram is None else vram - CONTEXT_BYTES)
+            # The plan keeps to the budget. The cap is for what the allocator holds beside it, and
+            # leaves that room: libraries choose other ways, with other results, where it is tight.
+            self.residency.device.cap(None if vram is None else vram - CONTEXT_BYTES // 2)
 
     def _budget_of(self, vram: int | None) -> Budget:
         if vram is not None:
@@ -131,7 +136,7 @@ class ModelMemory:
         if self.residency is None or self.inventory is None or self._budget is None:
             return
         if workload != self._workload or self.plan is None:
-            self._workload = workload
+            self._workload, self._graph = workload, None
             self.plan = make_plan(self.inventory, workload, self._budget)
         self._phases.clear()
         self._was_least = False
@@ -149,19 +154,32 @@ class ModelMemory:
         with self.residency.phase(name, num_passes=num_passes):
             yield
 
-    @property
-    def is_still(self) -> bool:
-        """Whether the weights of a step stay where they are from its first pass on."""
-        return self.plan is not None and self.plan.step_bytes == 0
+    def predictor(
+        self, blocks: FluxBlocks, device: torch.device, num_calls: int
+    ) -> Callable[..., Tensor]:
+        """The blocks, or graphs of them where those repay: kept for further images if they may."""
+        if self._graph is not None:
+            return self._graph
+        is_possible = num_calls >= LEAST_CALLS and StepGraph.is_possible(device)
+        if self.residency is None or not is_possible:
+            return blocks
+        graph = StepGraph(blocks, device, self.residency.is_streamed)
+        if self._has_room_for_graph():
+            self._graph = graph
+        return graph
 
-    @property
-    def is_roomy(self) -> bool:
-        """Whether the budget has room for a step's activations once more."""
-        if self.plan is None:
-            return False
-        (denoise,) = (each for each in self.plan.phases if each.name == "denoise")
-        twice = denoise.peak_bytes + denoise.working_bytes
-        return twice <= self.plan.budget.device_bytes
+    def _has_room_for_graph(self) -> bool:
+        """Whether weights stay from image to image, and a step's activations may as well."""
+        assert self.plan is not None
+        blocks = [each for each in self.plan.placements if each.unit.name.startswith("blocks.")]
+        is_kept = all(each.use == "kept" for each in blocks)
+        return (
+            is_kept and self.plan.peak_bytes + self._graph_bytes() <= self.plan.budget.device_bytes
+        )
+
+    def _graph_bytes(self) -> int:
+        assert self.plan is not None
+        return next(each.working_bytes for each in self.plan.phases if each.name == "denoise")
 
     def shrink(self) -> str:
         """Let everything go and plan for less than what has just run out -> what to tell about it.
@@ -180,6 +198,7 @@ class ModelMemory:
         context_bytes = self._budget.context_bytes
         least = smallest_budget(self.inventory, self._workload, context_bytes=context_bytes)
         peak_bytes = self._budget.device_bytes if self.plan is None else self.plan.peak_bytes
+        self._graph = None
         self.residency.forget()
         free_bytes = self.residency.device.free_bytes()
         if peak_bytes <= least:
@@ -220,6 +239,7 @@ class ModelMemory:
             default=self.plan.peak_bytes,
         )
         planned -= self.plan.budget.context_bytes
+        planned += self._graph_bytes() if self._graph is not None else 0
         if peak_bytes is None or peak_bytes <= max(
             (1 + PEAK_TOLERANCE) * planned, planned + SLACK_BYTES
         ):

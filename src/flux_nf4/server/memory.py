@@ -78,7 +78,12 @@ async def _change(engine: Engine, vram: int | None) -> dict[str, Any]:
     )
     faults = [answer for answer in answers if isinstance(answer, BaseException)]
     if faults:
-        before = (worker.set_memory(engine.settings.vram) for worker in workers)
+        changed = (
+            worker
+            for worker, answer in zip(workers, answers, strict=True)
+            if not isinstance(answer, BaseException)
+        )
+        before = (worker.set_memory(engine.settings.vram) for worker in changed)
         await asyncio.gather(*before, return_exceptions=True)
         raise faults[0]
     plan = answers[0]

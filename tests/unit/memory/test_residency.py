@@ -9,6 +9,7 @@ from managed_models import budgets, draw, unmanaged, wish
 from tolerances import COUNTED_HOST_BYTES
 
 from flux_nf4.memory.budget import SLACK_BYTES
+from flux_nf4.memory.residency import slots_in_turn
 from flux_nf4.pipeline.generate import generate
 
 REQUESTS = {"plain": wish(), "guided": wish(guidance_scale=2.0, negative_prompt="dog")}
@@ -145,3 +146,16 @@ def test_a_model_that_is_dropped_frees_the_device(open_on):
 
     assert mover() is None
     assert device.alive == 0
+
+
+@pytest.mark.parametrize("num_slots", range(1, 7))
+def test_slots_take_turns_in_every_pass_and_into_the_next(num_slots):
+    for num_units in range(1, 80):
+        slots = slots_in_turn(num_units, num_slots)
+        assert len(slots) == num_units
+        assert set(slots) <= set(range(num_slots))
+        if num_units >= num_slots * num_slots:
+            twice = slots + slots
+            for i in range(num_units):
+                window = twice[i : i + max(1, num_slots - 1)]
+                assert len(set(window)) == len(window)

@@ -119,10 +119,8 @@ def test_the_fast_step_is_the_plain_one_where_no_kernels_are(build):
     assert torch.equal(fast_step(blocks, *given), blocks.plain_step(*given))
 
 
-@torch.no_grad()
-def test_attention_is_fed_without_a_copy(build, monkeypatch):
-    # What attention reads is what the kernel before wrote, head by head.
-    blocks, seen = build(), []
+def heads_of_a_single_block(blocks, monkeypatch):
+    seen = []
     attend = plain_blocks.F.scaled_dot_product_attention
 
     def watched(q, k, v):
@@ -131,7 +129,25 @@ def test_attention_is_fed_without_a_copy(build, monkeypatch):
 
     monkeypatch.setattr(plain_blocks.F, "scaled_dot_product_attention", watched)
     fused_step(blocks, *inputs(blocks.config))
-    assert all(each.is_contiguous() for each in seen)
+    return seen[-3:]
+
+
+@torch.no_grad()
+def test_attention_in_bf16_reads_what_the_kernel_before_wrote_or_a_view_of_the_product(
+    build, monkeypatch
+):
+    blocks = build()
+    q, _, v = heads_of_a_single_block(blocks, monkeypatch)
+    heads, channels = blocks.config.num_heads, blocks.config.head_dim
+    assert q.stride()[1:] == (channels, heads * channels, 1)
+    assert v.stride(2) == 7 * blocks.config.hidden_size
+
+
+@torch.no_grad()
+def test_attention_in_8_bits_reads_head_after_head(build, monkeypatch):
+    blocks = build()
+    set_arithmetic(blocks, "int8")
+    assert all(each.is_contiguous() for each in heads_of_a_single_block(blocks, monkeypatch))
 
 
 def test_fused_functions_write_float32_scales_that_a_token_shares():

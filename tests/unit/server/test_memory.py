@@ -82,7 +82,7 @@ def test_where_one_worker_cannot_all_keep_what_they_had():
 
     answer = put("4GB", engine)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
-    assert [worker.budgets[-1] for worker in engine.supervisors] == [None, None]
+    assert [worker.budgets for worker in engine.supervisors] == [[4 * GB, None], []]
     assert engine.capabilities.memory == fake_memory(None)
 
 

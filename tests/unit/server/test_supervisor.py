@@ -13,6 +13,8 @@ from engines import (
 )
 
 from flux_nf4.errors import ModelNotFoundError
+from flux_nf4.server.status import EngineSettings
+from flux_nf4.server.supervisor import Supervisor
 
 
 def test_a_job_whose_worker_died_is_run_once_more(tmp_path):
@@ -146,6 +148,15 @@ def test_who_waits_for_a_model_that_is_missing_hears_so():
                 await engine.wait_ready()
 
     asyncio.run(claim())
+
+
+@pytest.mark.parametrize(
+    ("device", "asked_s", "timeout_s"), [("cuda:0", None, 120), ("cpu", None, 600), ("cpu", 7, 7)]
+)
+def test_a_cpu_has_more_time_for_a_step(device, asked_s, timeout_s):
+    supervisor = Supervisor(device, EngineSettings(step_timeout_s=asked_s), None)
+
+    assert supervisor._step_timeout_s == timeout_s
 
 
 def test_an_image_that_cannot_be_made_fails_its_job_alone(monkeypatch):

@@ -134,6 +134,16 @@ def test_a_job_tells_what_it_took(worker):
     assert usage["moved"] >= usage["resident"]
 
 
+def test_memory_that_runs_out_while_it_draws_is_told(worker, device):
+    worker.set_budget(least(worker))
+    device.failing = {device.num_allocations}
+    draw(worker)
+
+    notice = worker.parent.said["notice"]
+    assert notice["is_oom"]
+    assert "ran out of memory" in notice["message"]
+
+
 def test_images_are_the_same_within_another_budget_and_back(worker):
     image = draw(worker)
     worker.set_budget(least(worker))
