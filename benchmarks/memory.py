@@ -205,10 +205,7 @@ def _measure_ours(case: dict[str, Any]) -> dict[str, Any]:
         "first": first,
         "same_prompt": again,
         "new_prompt": other,
-        "planned_gib": None
-        if plan is None
-        else (plan.peak_bytes - plan.budget.context_bytes) / GIB,
-        "is_graph": model.memory._graph is not None,
+        "planned_gib": None if plan is None else model.memory.planned_bytes / GIB,
         "planned_step_bytes": None if plan is None else plan.step_bytes,
         "modelled_bus_ms": {link: 1000 * streamed / rate for link, rate in LINKS.items()},
     }

@@ -50,9 +50,7 @@ def test_under_every_budget_the_image_is_the_same(folder, path, arithmetic):
 
             assert image == expected
             assert notices == []
-            plan = model.memory.plan
-            peak = model.memory.residency.device.peak_bytes()
-            assert peak <= plan.peak_bytes - plan.budget.context_bytes
+            assert model.memory.residency.device.peak_bytes() <= model.memory.planned_bytes
 
 
 def test_another_image_is_the_same_again(folder):
@@ -70,7 +68,7 @@ def test_memory_that_is_capped_lower_than_the_budget_is_made_do_with(folder):
     model = opened(folder, vram=4096 * MIB)
     torch.cuda.empty_cache()
     total_bytes = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(150 * MIB / total_bytes)
+    torch.cuda.set_per_process_memory_fraction(200 * MIB / total_bytes)
     try:
         image, notices = drawn(model)
     finally:

@@ -8,9 +8,8 @@ from typing import Literal, TypeAlias
 MIB = 2**20
 # CUDA's context and the kernels of cuBLAS, cuDNN and PyTorch: in the process, not the allocator's.
 CONTEXT_BYTES = 512 * MIB
-# Workspaces of cuBLAS (32 MiB a stream on Hopper), and what the allocator rounds up for two streams
-# and a graph.
-SLACK_BYTES = 128 * MIB
+# Workspaces of cuBLAS (32 MiB on Hopper for each of two streams), and what the allocator rounds up.
+SLACK_BYTES = 96 * MIB
 # What `auto` leaves free: windows open while an image is drawn.
 DESKTOP_BYTES = 256 * MIB
 

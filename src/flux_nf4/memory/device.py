@@ -19,6 +19,8 @@ Mark: TypeAlias = Any  # a point in what the device was told to do
 class Device(Protocol):
     """Memory and order on one device. Buffers are flat bytes, free when nothing refers to them."""
 
+    device: torch.device
+
     def allocate(self, num_bytes: int) -> Tensor:
         """A buffer on the device.
 

@@ -75,6 +75,7 @@ class Inventory:
     `fixed_bytes` are on the device at all times: biases and norms of the blocks, and the layers
     before and after them. `t5_table_bytes` never are: a prompt reads 512 rows of 32,128, so they
     are looked up in host memory. `*_scratch_bytes` is the largest weight, expanded for its use.
+    `is_fused`: between products of a step run kernels of our own.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Inventory:
     conditioner_scratch_bytes: int
     block_scratch_bytes: int
     sizes: Sizes
+    is_fused: bool = True
 
 
 def take_inventory(name: str, parts: Mapping[str, Entries], *, compute_bytes: int = 2) -> Inventory:

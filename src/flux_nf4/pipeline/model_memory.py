@@ -23,6 +23,7 @@ from flux_nf4.memory.device import CudaDevice, PlainDevice
 from flux_nf4.memory.inventory import Inventory, take_inventory
 from flux_nf4.memory.plan import largest_size, make_plan, smallest_budget
 from flux_nf4.memory.residency import Residency
+from flux_nf4.model import fused
 from flux_nf4.model.step_graph import LEAST_CALLS, StepGraph
 from flux_nf4.pipeline.events import Notice
 
@@ -229,17 +230,22 @@ class ModelMemory:
             hint=hint,
         )
 
-    def surprise(self) -> str | None:
-        """What to tell where the image took clearly more than its plan; None where it did not."""
-        if self.residency is None or self.plan is None:
-            return None
-        peak_bytes = self.residency.device.peak_bytes()
+    @property
+    def planned_bytes(self) -> int:
+        """The peak of tensors on the device, by the plan for the phases of the last image."""
+        assert self.plan is not None
         planned = max(
             (phase.peak_bytes for phase in self.plan.phases if phase.name in self._phases),
             default=self.plan.peak_bytes,
         )
-        planned -= self.plan.budget.context_bytes
-        planned += self._graph_bytes() if self._graph is not None else 0
+        graph_bytes = self._graph_bytes() if self._graph is not None else 0
+        return planned - self.plan.budget.context_bytes + graph_bytes
+
+    def surprise(self) -> str | None:
+        """What to tell where the image took clearly more than its plan; None where it did not."""
+        if self.residency is None or self.plan is None:
+            return None
+        peak_bytes, planned = self.residency.device.peak_bytes(), self.planned_bytes
         if peak_bytes is None or peak_bytes <= max(
             (1 + PEAK_TOLERANCE) * planned, planned + SLACK_BYTES
         ):
@@ -271,7 +277,10 @@ def manage(
     components = {kind: component for kind, (_, component) in parts.items()}
     contents = take_contents(parts)
     entries = component_entries(components)
-    inventory = take_inventory(name, entries, compute_bytes=dtype.itemsize)
+    inventory = replace(
+        take_inventory(name, entries, compute_bytes=dtype.itemsize),
+        is_fused=fused.kernels(device.device.type) is not None,
+    )
     free_bytes = device.free_bytes()
     try:
         residency = Residency(device, contents)

@@ -27,7 +27,8 @@ NO_SCRATCH = {
 def inventory(**sizes):
     """FLUX.1-dev with other sizes, and plain weights that are not expanded."""
     dev = flux_1_dev()
-    return dataclasses.replace(dev, **NO_SCRATCH, sizes=dataclasses.replace(dev.sizes, **sizes))
+    sized = dataclasses.replace(dev.sizes, **sizes)
+    return dataclasses.replace(dev, **NO_SCRATCH, sizes=sized, is_fused=False)
 
 
 def random(*shape):
