@@ -287,6 +287,7 @@ def _tricks(stepper: Stepper) -> dict[str, Callable[[], Any]]:
             "scratch",
             lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device),
         ),
+        "GELU in the product": swap(fast_step, "has_gelu", lambda *_: False),
         "expansion kernel": swap(ops, "_implementation", lambda _: ops.reference),
     }
     for name in ("norm_modulate", "norm_rotate_out", "join"):

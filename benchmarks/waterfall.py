@@ -14,7 +14,7 @@ from typing import Any
 
 from flux_nf4.pipeline.chart import BLUE, MUTED, ORANGE, Page, Panel, ticks
 
-_WIDTH, _NAMES, _ERRORS = 860, 220, 130
+_WIDTH, _NAMES, _ERRORS = 860, 220, 100
 _ROW, _HEAD = 26, 84
 _GIB = 2**30
 
@@ -81,7 +81,7 @@ def _draw(
         page=page,
         left=_NAMES,
         top=top,
-        width=_WIDTH - _NAMES - _ERRORS - 90,
+        width=_WIDTH - _NAMES - _ERRORS - 130,
         height=_ROW * len(rows),
         x_range=(0, 1.05 * longest),
         y_range=(len(rows), 0),

@@ -199,7 +199,7 @@ def main(start, child_file=""):
     send("loading", stage="weights")
     send("hello", device="cuda:0" if is_all else "cpu", num_devices=3 if is_all else 1)
     planned = memory(settings["vram"]) if start == "planned" else None
-    send("ready", capabilities=CAPABILITIES | {"memory": planned})
+    send("ready", capabilities=CAPABILITIES | {"memory": planned}, usage=None)
     while (order := read_frame(ORDERS)) is not None:
         if order["kind"] == "job":
             draw(order, settings["shared_memory"])

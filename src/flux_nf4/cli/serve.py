@@ -167,6 +167,7 @@ def _engine_settings(options: ServeOptions) -> EngineSettings:
         vram=parse_limit(options.vram, "--vram"),
         ram=parse_limit(options.ram, "--ram"),
         arithmetic=options.arithmetic,
+        warm_up=not options.no_warm_up,
         journal=None if options.durable is None else Path(options.durable).expanduser(),
     )
 

@@ -77,6 +77,13 @@ class ServerSettings(ModelSettings):
         group="Model",
         setting=True,
     )
+    no_warm_up: bool = option(
+        "--no-warm-up",
+        default=False,
+        help="ready sooner; on a GPU the first image is slower",
+        group="Model",
+        setting=True,
+    )
     host: str = option(
         "--host",
         metavar="ADDRESS",

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from flux_nf4.server.jobs import JobSpec
+    from flux_nf4.server.roles import Listener
     from flux_nf4.server.status import EngineSettings
-    from flux_nf4.server.supervisor import Listener
 
 # A router may still know a replica that is dead: what no replica began is sent again.
 _MAX_SENDINGS = 10

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from flux_nf4.server.jobs import JobSpec
+    from flux_nf4.server.roles import Worker
     from flux_nf4.server.status import EngineSettings
-    from flux_nf4.server.supervisor import Worker
 
 LAST_FRAMES = ("done", "failed", "cancelled", "lost")
 

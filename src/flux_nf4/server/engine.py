@@ -22,6 +22,7 @@ from flux_nf4.server.jobs import (
     QueueFullError,
 )
 from flux_nf4.server.journal import Journal
+from flux_nf4.server.known_jobs import KnownJobs
 from flux_nf4.server.pace import Pace
 from flux_nf4.server.queue import FairQueue
 from flux_nf4.server.running import (
@@ -32,10 +33,12 @@ from flux_nf4.server.running import (
     fields_of_fault,
 )
 from flux_nf4.server.status import Capabilities, EngineSettings, EngineStatus, WorkerStatus
-from flux_nf4.server.supervisor import WORKER_COMMAND, Supervisor, Worker
+from flux_nf4.server.supervisor import WORKER_COMMAND, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from flux_nf4.server.roles import Worker
 
 __all__ = ["Capabilities", "Engine", "EngineSettings", "EngineStatus", "WorkerStatus"]
 
@@ -76,7 +79,7 @@ class Engine:
         self._queue = FairQueue()
         self._running: dict[str, Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._jobs: dict[str, Job] = {}  # the finished ones in the order of their ends
+        self._jobs = KnownJobs(settings)
         self._pace = Pace()
         self._journal: Journal | None = None
         self._is_draining = False
@@ -109,7 +112,7 @@ class Engine:
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, and return when all jobs are finished or the time is over."""
         self._is_draining = True
-        unfinished = [asyncio.create_task(job.wait()) for job in self._unfinished()]
+        unfinished = [asyncio.create_task(job.wait()) for job in self._jobs.unfinished()]
         if unfinished:
             _, late = await asyncio.wait(unfinished, timeout=timeout_s)
             for task in late:
@@ -121,7 +124,7 @@ class Engine:
         May be called again, while it is at it too.
         """
         self._is_draining = self._is_stopping = True
-        for job in self._unfinished():
+        for job in self._jobs.unfinished():
             if job.state == "running":  # interrupted on purpose: no fault of its own
                 self._note(job, job.num_attempts - 1)
             self.cancel(job.id, cause="shutdown")
@@ -157,7 +160,7 @@ class Engine:
         job = Job(spec, owner=owner, api=api)
         if self._journal is not None:
             self._journal.add(job)
-        self._jobs[job.id] = job
+        self._jobs.add(job)
         self._queue.push(job)
         self._observe("job_queued", api=api)
         self._hand_out()
@@ -170,8 +173,7 @@ class Engine:
 
     def jobs(self, *, owner: str) -> list[Job]:
         """An owner's own jobs, the oldest first."""
-        own = [job for job in self._jobs.values() if job.owner == owner]
-        return sorted(own, key=lambda job: job.created_at)
+        return self._jobs.of(owner)
 
     def cancel(self, job_id: str, *, cause: CancelCause) -> bool:
         """Stop a job: at once if it waits, else at its next step. Whether there was one to stop."""
@@ -189,9 +191,7 @@ class Engine:
 
     def forget(self, job_id: str) -> None:
         """Drop a finished job and its images; one that is not finished stays."""
-        job = self._jobs.get(job_id)
-        if job is not None and job.is_finished:
-            del self._jobs[job_id]
+        self._jobs.forget(job_id)
 
     def position(self, job: Job) -> int:
         """Its place in the queue, from 1; 0 if it does not wait."""
@@ -269,7 +269,7 @@ class Engine:
 
     def _take_up(self, job: Job) -> None:
         """A job out of the journal: it was accepted by the server that was here before."""
-        self._jobs[job.id] = job
+        self._jobs.add(job)
         self._observe("replayed", reason="restart")
         if job.num_attempts >= _MAX_ATTEMPTS:
             self._finish(job, "failed", error_of_loss("the server ended"))
@@ -352,27 +352,11 @@ class Engine:
             duration_s=(job.finished_at or 0) - job.created_at,
             code=None if error is None else error.code,
         )
-        self._jobs[job.id] = self._jobs.pop(job.id)  # the newest of the finished
-        self._drop_oldest()
+        self._jobs.finished(job)
 
     def _note(self, job: Job, num_attempts: int | None) -> None:
         if self._journal is not None:
             self._journal.note(job, num_attempts)
-
-    def _drop_oldest(self) -> None:
-        finished = [job for job in self._jobs.values() if job.is_finished]
-        num_bytes = sum(job.size_bytes for job in finished)
-        num_kept = len(finished)
-        # The one that was finished just now stays, so that who waits for it gets it.
-        for job in finished[:-1]:
-            too_many = num_kept > self.settings.max_kept_jobs
-            if not too_many and num_bytes <= self.settings.max_kept_bytes:
-                return
-            del self._jobs[job.id]
-            num_kept, num_bytes = num_kept - 1, num_bytes - job.size_bytes
-
-    def _unfinished(self) -> list[Job]:
-        return [job for job in self._jobs.values() if not job.is_finished]
 
     def _retry_after_s(self) -> float:
         """When a place in the queue will be free: when the first of the running jobs is done."""

@@ -147,8 +147,9 @@ class _State(Collector):
         if model is not None:
             yield _gauge(
                 "model_info",
-                "Always 1.",
+                "Always 1. sha: SHA-256 of its files' headers and of samples of their data.",
                 1,
+                sha=model.sha,
                 model=model.model,
                 variant=model.variant,
                 quantization=model.quantization,
@@ -162,22 +163,30 @@ class _State(Collector):
         )
         vram = GaugeMetricFamily(
             "flux_nf4_vram_bytes",
-            "Memory of each device: the budget, the last job's peak, weights that stay.",
+            "Memory of each device: the budget, and the peak of the last job.",
             labels=("device", "kind"),
         )
+        resident = GaugeMetricFamily(
+            "flux_nf4_weights_resident_bytes",
+            "Weights that stay in each device's memory between jobs.",
+            labels=("device",),
+        )
         moved = CounterMetricFamily(
-            "flux_nf4_offload_bytes", "Weights brought to each device.", labels=("device",)
+            "flux_nf4_offload_bytes",
+            "Weights brought to each device; none is ever brought back.",
+            labels=("device", "direction"),
         )
         for worker in status.workers:
             workers.add_metric((worker.device, worker.state), 1)
             if worker.usage is not None:
-                for kind in ("budget", "peak", "resident"):
+                for kind in ("budget", "peak"):
                     vram.add_metric((worker.device, kind), worker.usage[kind])
-                moved.add_metric((worker.device,), worker.usage["moved"])
+                resident.add_metric((worker.device,), worker.usage["resident"])
+                moved.add_metric((worker.device, "to_device"), worker.usage["moved"])
             num_bytes = _resident_bytes(worker.pid)
             if num_bytes is not None:
                 memory.add_metric((worker.device,), num_bytes)
-        yield from (workers, memory, vram, moved)
+        yield from (workers, memory, vram, resident, moved)
 
 
 def router(context: Context) -> APIRouter:

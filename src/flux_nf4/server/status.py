@@ -26,7 +26,8 @@ class EngineSettings:
     after its start, is killed.
     `max_queue` jobs may wait, and more only of owners who have less than their share of these.
     `journal` is the file that keeps unfinished jobs over a restart of the server; None keeps none.
-    `vram`, `ram` (in bytes) and `arithmetic` are each worker's, as in `LoadSettings`.
+    `vram`, `ram` (in bytes) and `arithmetic` are each worker's, as in `LoadSettings`. `warm_up`: on
+    a GPU a worker draws an image before it takes jobs, so that the first is no slower than others.
     Finished jobs are kept up to `max_kept_jobs` and `max_kept_bytes`, the newest of them.
 
     Raises:
@@ -43,6 +44,7 @@ class EngineSettings:
     vram: int | None = None
     ram: int | None = None
     arithmetic: str = "bf16"
+    warm_up: bool = True
     max_kept_jobs: int = 1000
     max_kept_bytes: int = 512 * 2**20
 
@@ -61,6 +63,7 @@ class EngineSettings:
 class Capabilities:
     """What the loaded model is; sizes in pixels, lengths in tokens.
 
+    `sha` tells it from others: `model_facts.fingerprint`.
     `memory` is the plan for the device: `vram` (the setting; None is `auto`), the `device_bytes`
     that it comes to, the `total_bytes` of the device (None: unknown), the `step_bytes` that pass
     through it in each step, and under `plan` the `name` and `peak_bytes` of each phase; None where
@@ -79,6 +82,7 @@ class Capabilities:
     max_sequence_length: int
     licence: str
     is_demo: bool
+    sha: str = ""
     memory: dict[str, Any] | None = None
 
 
@@ -86,8 +90,9 @@ class Capabilities:
 class WorkerStatus:
     """One worker process. `failed`: it ended badly several times in a row, and is tried again.
 
-    `usage` is of the device's memory, in bytes, as its last job left it: the `budget`, weights that
-    are `resident`, the `peak` of what was allocated, and all that was `moved` there since it began.
+    `usage` is of the device's memory, in bytes, as its last image left it: the `budget`, weights
+    that are `resident`, the `peak` of what was allocated, and all that was `moved` there since it
+    began.
     """
 
     device: str

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flux_nf4.errors import FormatError, InputError
 from flux_nf4.pipeline.limits import MAX_SIZE
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flux_nf4.server.jobs import JobSpec
+    from flux_nf4.server.roles import Listener
     from flux_nf4.server.status import EngineSettings
 
 # `-P`: a `torch.py` in the folder where the server was started is none of ours.
@@ -51,50 +52,6 @@ _ENDS = ("done", "failed", "cancelled")
 _OF_A_JOB = ("stage", "step", "notice", "image", *_ENDS)
 
 _log = logging.getLogger(__name__)
-
-
-class Worker(Protocol):
-    """What an engine gives jobs to: here a `Supervisor`, a place on another host in a cluster.
-
-    `job_id` is what it draws; `load_error` the fields with which its model cannot be loaded.
-    """
-
-    state: WorkerState
-    device: str
-    job_id: str | None
-    reason: str | None
-    load_error: dict[str, Any] | None
-
-    @property
-    def status(self) -> WorkerStatus:
-        """What the engine's status says of it."""
-
-    def run(self, job_id: str, spec: JobSpec) -> None:
-        """Take a job; it must be idle."""
-
-    def cancel(self) -> None:
-        """Stop the job, if there is one, at its next step."""
-
-    async def stop(self) -> None:
-        """Return when nothing of it is left."""
-
-
-class Listener(Protocol):
-    """Who hears of a worker: the engine. Nothing here may raise but for what a frame holds."""
-
-    def worker_hello(self, num_devices: int) -> None:
-        """The machine has so many devices of the worker's kind."""
-
-    def worker_ready(self, capabilities: dict[str, Any]) -> None:
-        """It can draw."""
-
-    def worker_frame(
-        self, worker: Worker, job_id: str, frame: dict[str, Any], pixels: bytes
-    ) -> None:
-        """Its job went on or ended; `pixels` are RGB, or empty."""
-
-    def worker_lost(self, worker: Worker, job_id: str | None, reason: str) -> None:
-        """It died, with this job in hand."""
 
 
 class Supervisor:
@@ -282,6 +239,7 @@ class Supervisor:
             vram=self._settings.vram,
             ram=self._settings.ram,
             arithmetic=self._settings.arithmetic,
+            warm_up=self._settings.warm_up,
         )
         try:
             while True:
@@ -316,7 +274,7 @@ class Supervisor:
         elif kind == "ready":
             self._watch(None)
             self.state, self.reason, self.load_error = "idle", None, None
-            self._was_useful = True
+            self._was_useful, self._usage = True, frame["usage"]
             self._listener.worker_ready(frame["capabilities"])
         elif kind == "memory":
             planned = self._planned.popleft()

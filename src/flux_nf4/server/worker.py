@@ -5,13 +5,13 @@ standard error. It ends with its parent, however that ends. What it says, by `ki
 
     hello    device, num_devices           before the model is loaded
     loading  stage                         a sign of life
-    ready    capabilities
+    ready    capabilities, usage (of memory, or null)
     unloadable  error                      the model cannot be loaded; the process ends
     stage    job, stage                    a sign of life, as is every frame of a job
     step     job, step, num_steps, preview (its width and height; the pixels are shared), or null
     notice   job, message, is_oom (it tells that memory ran out, and of a smaller plan)
     image    job, index, seed, width, height   the RGB pixels are shared
-    done, cancelled, failed   job, usage (of memory, or null), and for the last: error
+    done, cancelled, failed   job, usage, and for the last: error
     memory   memory (the plan for another budget), or error
 
 and what it is told: `settings` (first of all), `job`, `cancel`, `memory` (another budget), and
@@ -28,22 +28,16 @@ import sys
 import threading
 import traceback
 from functools import partial
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from flux_nf4.errors import (
-    Cancelled,
-    DoesNotFitError,
-    FluxNF4Error,
-    FormatError,
-    InputError,
-    NumericalError,
-)
+from flux_nf4.errors import Cancelled, DoesNotFitError, FluxNF4Error
 from flux_nf4.pipeline.image_file import decode_image
-from flux_nf4.pipeline.limits import MIN_SIZE
-from flux_nf4.pipeline.request import GenerationRequest
-from flux_nf4.server.frames import pack_frame, put_shared, read_frame, take_shared
+from flux_nf4.server.failures import FAULTS, describe, describe_for_parent
+from flux_nf4.server.frames import take_shared
 from flux_nf4.server.jobs import JobSpec
+from flux_nf4.server.model_facts import capabilities
+from flux_nf4.server.parent import Parent
+from flux_nf4.server.warm_up import repays, warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,87 +46,12 @@ if TYPE_CHECKING:
 
     from flux_nf4.memory.placement import Plan
     from flux_nf4.pipeline.events import Event
-    from flux_nf4.pipeline.load import Model
+    from flux_nf4.pipeline.request import GenerationRequest
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_SCHNELL_STEPS, _DEFAULT_STEPS = 4, 20
-_OUT_OF_MEMORY_HINT = "try a smaller size, or the same again when the device is less busy"
 # What diffusers and transformers import where they find it, and no model here needs: without them a
 # worker is there again a third sooner.
 _NOT_NEEDED = ("bitsandbytes", "peft", "scipy")
-# What a library raises when one job's values do not suit it. The job fails, the worker goes on.
-_FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
-class Parent:
-    """The other end of the pipes."""
-
-    def __init__(self) -> None:
-        self._input = os.fdopen(_moved_away(0, os.open(os.devnull, os.O_RDONLY)), "rb")
-        self._output = os.fdopen(_moved_away(1, os.dup(2)), "wb", buffering=0)
-        self._taken = threading.Event()
-        self._taken.set()
-        self.cancelled: set[str] = set()
-        self.orders: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        self.budgets: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        self._sending = threading.Lock()
-        self.settings = read_frame(self._input) or _end()
-        self.shared: int = self.settings["shared_memory"]
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def send(self, kind: str, **values: Any) -> None:
-        """Tell the parent; the process ends where there is none."""
-        rest = memoryview(pack_frame({"kind": kind} | values))
-        try:
-            with self._sending:
-                while rest:
-                    rest = rest[self._output.write(rest) or 0 :]
-        except BrokenPipeError:
-            _end()
-
-    def send_image(self, kind: str, image: Image, **values: Any) -> None:
-        """Tell the parent, with an image beside; waits until the one before was taken."""
-        self._taken.wait()
-        self._taken.clear()
-        put_shared(self.shared, [image.convert("RGB").tobytes()])
-        size = {"width": image.width, "height": image.height}
-        self.send(kind, **values | ({"preview": size} if kind == "step" else size))
-
-    def _listen(self) -> None:
-        while (frame := read_frame(self._input)) is not None:
-            match frame["kind"]:
-                case "cancel":
-                    self.cancelled.add(frame["job"])
-                case "taken":
-                    self._taken.set()
-                case "memory":
-                    self.budgets.put(frame)
-                case _:
-                    self.orders.put(frame)
-        _end()
-
-
-def _moved_away(descriptor: int, replacement: int) -> int:
-    """Where a descriptor's file can be reached from now on; in its place is the replacement's."""
-    moved = os.dup(descriptor)
-    os.dup2(replacement, descriptor)
-    os.close(replacement)
-    return moved
-
-
-def _end() -> Any:
-    # Not `sys.exit`: the main thread may be inside a step of several seconds.
-    os._exit(0)
 
 
 def main() -> int:
@@ -148,7 +67,7 @@ def main() -> int:
     try:
         worker = Worker(parent)
     except FluxNF4Error as error:
-        parent.send("unloadable", error=describe(error) | {"class": type(error).__name__})
+        parent.send("unloadable", error=describe_for_parent(error))
         return 1
     if worker.own_size is not None:
         threading.Thread(target=worker.plan_budgets, daemon=True).start()
@@ -191,15 +110,19 @@ class Worker:
                 **{name: parent.settings[name] for name in ("vram", "ram", "arithmetic")},
             ),
         )
-        parent.send("loading", stage="warm-up")
-        self._warm_up()
+        if parent.settings["warm_up"] and repays(device):
+            is_warm = warm_up(self.model, partial(parent.send, "loading", stage="warm-up"))
+            if not is_warm and not self._is_sound():
+                _give_up()
         plan = self.model.memory.plan
         self.own_size = None if plan is None else plan.workload
         is_gpu = device.type == "cuda"
         self.total_bytes = torch.cuda.mem_get_info(device)[1] if is_gpu else None
         memory = None if plan is None else self._memory(plan, parent.settings["vram"])
         parent.send(
-            "ready", capabilities=capabilities(self.model, is_demo=path is None, memory=memory)
+            "ready",
+            capabilities=capabilities(self.model, is_demo=path is None, memory=memory),
+            usage=self._usage(),
         )
 
     def plan_budgets(self) -> None:
@@ -210,8 +133,7 @@ class Worker:
             try:
                 plan = self.model.memory.plan_within(order["vram"], self.own_size)
             except FluxNF4Error as error:
-                failure = describe(error) | {"class": type(error).__name__}
-                self.parent.send("memory", memory=None, error=failure)
+                self.parent.send("memory", memory=None, error=describe_for_parent(error))
             else:
                 self.parent.orders.put(order)
                 self.parent.send("memory", memory=self._memory(plan, order["vram"]), error=None)
@@ -247,7 +169,7 @@ class Worker:
             self._draw(job_id, self._request(order))
         except Cancelled:
             self.parent.send("cancelled", job=job_id, usage=self._usage())
-        except (FluxNF4Error, *_FAULTS) as error:
+        except FAULTS as error:
             failure = describe(error)
             if failure["status"] >= 500:
                 traceback.print_exc()
@@ -263,7 +185,7 @@ class Worker:
         if is_sound or failure["code"] == "out_of_memory":
             self.parent.send("failed", job=job_id, usage=self._usage(), error=failure)
         if not is_sound:
-            os._exit(1)  # the next worker gets a device that works, and the job if need be
+            _give_up()
 
     def _usage(self) -> dict[str, int] | None:
         """What the last images took of the device: `WorkerStatus.usage`."""
@@ -321,14 +243,6 @@ class Worker:
         torch.set_num_threads(suited_num_threads(self.model, width, height, otherwise=otherwise))
         return generate(self.model, request, is_cancelled=lambda: job_id in self.parent.cancelled)
 
-    def _warm_up(self) -> None:
-        """Draw one step, so that the first job does not wait for kernels and imports."""
-        is_gpu = self.model.device.type == "cuda"
-        size = self.model.facts.default_size if is_gpu else MIN_SIZE
-        request = GenerationRequest(prompt="", width=size, height=size, num_inference_steps=1)
-        for _ in self._events(request, job_id=""):
-            self.parent.send("loading", stage="warm-up")
-
     def _is_sound(self) -> bool:
         """Whether the device still answers; after some errors CUDA never does again."""
         import torch
@@ -343,53 +257,9 @@ class Worker:
         return True
 
 
-def capabilities(model: Model, *, is_demo: bool, memory: dict[str, Any] | None) -> dict[str, Any]:
-    """What the parent should know of a model: the fields of `Capabilities`."""
-    return {
-        "model": model.facts.name,
-        "variant": model.variant,
-        "quantization": model.quantization,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "default_width": model.facts.default_size,
-        "default_height": model.facts.default_size,
-        "default_steps": _SCHNELL_STEPS if model.variant == "schnell" else _DEFAULT_STEPS,
-        "embeds_guidance": model.embeds_guidance,
-        "max_sequence_length": model.facts.max_sequence_length,
-        "licence": model.facts.licence,
-        "is_demo": is_demo,
-        "memory": memory,
-    }
-
-
-def describe(error: BaseException) -> dict[str, Any]:
-    """The fields of `JobError` that tell a client of an error."""
-    if _is_out_of_memory(error):
-        first_line = str(error).partition("\n")[0]
-        hint = getattr(error, "hint", None) or _OUT_OF_MEMORY_HINT
-        return _failure(f"out of memory: {first_line}", hint, "out_of_memory", 503)
-    if not isinstance(error, FluxNF4Error):
-        message = f"drawing failed: {type(error).__name__}: {error}"
-        return _failure(message, "see the log of the server", "internal_error", 500)
-    code, status = "internal_error", 500
-    if isinstance(error, InputError | FormatError):
-        code, status = "invalid_request", 400
-    elif isinstance(error, NumericalError):
-        code = "numerical_error"
-    return _failure(error.message, error.hint, code, status)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    if isinstance(error, DoesNotFitError | MemoryError | torch.OutOfMemoryError):
-        return True
-    # On a CPU it has no class of its own.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-def _failure(message: str, hint: str | None, code: str, status: int) -> dict[str, Any]:
-    return {"message": message, "hint": hint, "code": code, "status": status}
+def _give_up() -> NoReturn:
+    """Let the next worker have a device that works, and the job if need be."""
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from flux_nf4.pipeline.image_metadata import read_image
 from flux_nf4.pipeline.load import LoadSettings, load_model
 from flux_nf4.pipeline.request import GenerationRequest
 from flux_nf4.server.engine import Engine, EngineSettings
-from flux_nf4.server.worker import describe
+from flux_nf4.server.failures import describe
 
 # The real worker; some prompts do to it what happens to others.
 WORKER = """
