@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import importlib
 import json
 import statistics
 import subprocess
@@ -166,23 +165,10 @@ def _checkpoint(case: dict[str, Any]) -> Checkpoint:
     )
 
 
-def _import_libraries() -> float:
-    """Seconds that the libraries take which a first model brings in; they are no model's own."""
-    began = time.perf_counter()
-    for name in (
-        "diffusers.models.autoencoders.autoencoder_kl",
-        "transformers.models.clip.modeling_clip",
-        "transformers.models.t5.modeling_t5",
-    ):
-        importlib.import_module(name)
-    return time.perf_counter() - began
-
-
 def _measure_ours(case: dict[str, Any]) -> dict[str, Any]:
     cap, is_cuda = case["cap_gib"], case["device"] == "cuda"
     # The cap is on the allocator, and a budget counts the context as well.
     vram = None if cap is None or not is_cuda else int(cap * GIB) + CONTEXT_BYTES
-    import_s = _import_libraries()
     began = time.perf_counter()
     model = assemble_model(
         _checkpoint(case),
@@ -198,7 +184,6 @@ def _measure_ours(case: dict[str, Any]) -> dict[str, Any]:
     return {
         "quantization": model.quantization,
         "arithmetic": model.arithmetic,
-        "import_s": import_s,
         "opened_s": opened_s,
         "first_step_s": opened_s + first["first_step_s"],
         "step_ms": 1000 * statistics.median(other["steps_s"]),

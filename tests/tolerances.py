@@ -6,6 +6,7 @@
 FLUX_FP32 = 2e-6
 # The same modules on both sides; only shifting and scaling latents may round differently.
 VAE_FP32 = 1e-6
+T5_FP32 = 1e-6
 # The two-times rule of flash-attention: against float32, our bfloat16 may be off by no more than
 # twice what the other implementation's bfloat16 is.
 BF16_ERROR_RATIO = 2.0

@@ -1,6 +1,7 @@
 """Our T5 and CLIP against transformers' own, loaded the normal way from the same files.
 
-Both sides run the same modules, so every comparison is exact.
+CLIP does the same operations in the same order: equal to the bit. T5's GELU is one operation here
+and eight there, each of which rounds: equal in float32 but for rounding, and nearer to it in bf16.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerances import T5_FP32
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.t5.configuration_t5 import T5Config
-from transformers.models.t5.modeling_t5 import T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5Attention, T5EncoderModel
 
 from flux_nf4.formats.component import Component
 from flux_nf4.formats.facts import Facts
 from flux_nf4.model.build import build_clip, build_t5
+from flux_nf4.model.t5 import distance_buckets
 
 VOCABULARY, EOS = 120, 7
 
@@ -87,36 +90,58 @@ def prompts(length: int) -> torch.Tensor:
     return torch.randint(8, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(2))
 
 
-@every_dtype
-@every_t5
-def test_t5_equals_transformers_exactly(sizes, dtype, tmp_path):
-    model = make_t5(sizes)
-    model.save_pretrained(tmp_path)
-    theirs = T5EncoderModel.from_pretrained(tmp_path, dtype=dtype).eval()
-    ours = build_t5(t5_component(model), device="cpu", dtype=dtype)
-    with torch.no_grad():
-        expected = theirs(prompts(19))[0]
-        assert torch.equal(ours(prompts(19)), expected)
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual.double() - exact.double()).norm() / exact.double().norm())
 
 
-@every_dtype
-@every_t5
-def test_t5_in_fp8_storage_equals_transformers_on_the_rounded_values(sizes, dtype):
-    model = make_t5(sizes)
-    ours = build_t5(stored_in_fp8(t5_component(model)), device="cpu", dtype=dtype)
+def rounded_to_fp8(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.float8_e4m3fn))
-        assert torch.equal(ours(prompts(19)), model.to(dtype)(prompts(19))[0])
+    return model
 
 
 @every_t5
+@pytest.mark.parametrize("is_fp8", [False, True])
+@torch.no_grad()
+def test_t5_equals_transformers_in_float32(sizes, is_fp8):
+    model = make_t5(sizes)
+    component = t5_component(rounded_to_fp8(model) if is_fp8 else model)
+    stored = stored_in_fp8(component) if is_fp8 else component
+    ours = build_t5(stored, device="cpu", dtype=torch.float32)
+    assert relative_error(ours(prompts(19)), model(prompts(19))[0]) < T5_FP32
+
+
+@every_t5
+@pytest.mark.parametrize("is_fp8", [False, True])
+@torch.no_grad()
+def test_t5_in_bfloat16_is_no_further_off_than_transformers(sizes, is_fp8, tmp_path):
+    model = make_t5(sizes)
+    component = t5_component(rounded_to_fp8(model) if is_fp8 else model)
+    model.save_pretrained(tmp_path)
+    stored = stored_in_fp8(component) if is_fp8 else component
+    ours = build_t5(stored, device="cpu", dtype=torch.bfloat16)
+    theirs = T5EncoderModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    exact, ids = model(prompts(190))[0], prompts(190)
+    assert relative_error(ours(ids), exact) <= 1.05 * relative_error(theirs(ids)[0], exact)
+
+
+@every_t5
+@torch.no_grad()
 def test_t5_attends_to_padding_as_transformers_does_without_a_mask(sizes):
     model = make_t5(sizes)
     padded = torch.nn.functional.pad(prompts(5), (0, 11))
     ours = build_t5(t5_component(model), device="cpu", dtype=torch.float32)
-    with torch.no_grad():
-        assert torch.equal(ours(padded), model(padded, attention_mask=None)[0])
+    assert relative_error(ours(padded), model(padded, attention_mask=None)[0]) < T5_FP32
+
+
+@torch.no_grad()
+def test_distances_fall_into_transformers_buckets():
+    distances = torch.arange(-600, 601)
+    theirs = T5Attention._relative_position_bucket(
+        distances, bidirectional=True, num_buckets=32, max_distance=128
+    )
+    assert torch.equal(distance_buckets(distances), theirs)
 
 
 @every_dtype

@@ -72,11 +72,10 @@ DISTRIBUTIONS = {
 
 def test_the_package_imports_only_what_it_asks_for():
     extras = project()["optional-dependencies"]
-    texts = (*project()["dependencies"], *extras["serve"], *extras["ray"])
+    texts = (*project()["dependencies"], *extras["serve"], *extras["ray"], *extras["compare"])
     asked_for = {canonicalize_name(Requirement(text).name) for text in texts}
     # Triton comes with PyTorch where there is a GPU, and is not used elsewhere.
-    # `bench --compare` runs bitsandbytes where it is installed.
-    allowed = asked_for | {"flux-nf4", "triton", "bitsandbytes"} | set(sys.stdlib_module_names)
+    allowed = asked_for | {"flux-nf4", "triton"} | set(sys.stdlib_module_names)
     found = {
         f"{named(path)}: {library}"
         for path in (ROOT / "src").rglob("*.py")

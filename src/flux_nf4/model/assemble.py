@@ -40,6 +40,14 @@ def check_compute_dtype(dtype: torch.dtype) -> None:
         )
 
 
+def empty_embedding(num_rows: int, width: int) -> nn.Embedding:
+    """An embedding whose values are still to come.
+
+    `nn.Embedding` would draw random ones, for which PyTorch imports its compiler: a second.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(num_rows, width))
+
+
 def assemble(
     module: nn.Module,
     component: Component,

@@ -1,4 +1,4 @@
-"""FLUX's autoencoder, by way of diffusers: 8 x 8 pixels to 16 channels, and back.
+"""FLUX's autoencoder: 8 x 8 pixels to 16 channels, and back.
 
 Shape letters, in this module only:
     B  batch    C  latent channels    H, W  latent rows and columns    P, Q  pixel rows and columns
@@ -7,7 +7,7 @@ Shape letters, in this module only:
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,13 @@ from flux_nf4.formats.facts import FLUX_1_DEV
 from flux_nf4.model.assemble import assemble, check_compute_dtype
 from flux_nf4.model.sizes import count_blocks, has_any, shape_of
 from flux_nf4.model.strips import decode_in_strips, encode_in_strips
+from flux_nf4.model.vae import RGB, Vae, VaeConfig
 
 if TYPE_CHECKING:
     from flux_nf4.formats.component import Component
     from flux_nf4.formats.facts import Facts
 
-RGB = 3  # channels of an image
+LOG_VARIANCES = (-30.0, 20.0)  # what the encoder's are held to
 FLUX_1_WIDTHS = (128, 256, 512, 512)  # SD3's VAE has them too, and other factors
 # What each latent channel of FLUX.1's VAE adds to red, green and blue, and the offset: a linear fit
 # that ComfyUI (comfy/latent_formats.py, `Flux`) and stable-diffusion.cpp both state.
@@ -44,15 +45,15 @@ class Autoencoder(nn.Module):
     take care of that here.
     """
 
-    def __init__(self, model: Any, *, scaling_factor: float, shift_factor: float) -> None:
+    def __init__(self, model: Vae, *, scaling_factor: float, shift_factor: float) -> None:
         super().__init__()
         self.model = model
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor
         # Less memory, for a little time: what a GPU's memory is planned with.
         self.is_in_strips = False
-        self.latent_channels: int = model.config.latent_channels
-        self.pixels_per_latent: int = 2 ** (len(model.config.block_out_channels) - 1)
+        self.latent_channels = model.config.latent_channels
+        self.pixels_per_latent = 2 ** (len(model.config.widths) - 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,23 +69,23 @@ class Autoencoder(nn.Module):
         if self.is_in_strips:
             pieces = shifted.to(self.dtype).split(1)
             return torch.cat([decode_in_strips(self.model, piece) for piece in pieces])
-        return self.model.decode(shifted.to(self.dtype), return_dict=False)[0]
+        return self.model.decode(shifted.to(self.dtype))
 
     def encode(self, images_B3PQ: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, P, Q) in [-1, 1] -> mean and deviation, (B, C, P / 8, Q / 8) float32 each.
 
         The encoder gives a distribution; `mean + deviation * noise` is a sample of it.
         """
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
         images_B3PQ = images_B3PQ.to(self.dtype)
         if self.is_in_strips:
-            pieces = [encode_in_strips(self.model, piece) for piece in images_B3PQ.split(1)]
-            posterior = DiagonalGaussianDistribution(torch.cat(pieces))
+            pieces = images_B3PQ.split(1)
+            moments = torch.cat([encode_in_strips(self.model, piece) for piece in pieces])
         else:
-            posterior = self.model.encode(images_B3PQ, return_dict=False)[0]
-        mean = (posterior.mean.float() - self.shift_factor) * self.scaling_factor
-        return mean, posterior.std.float() * self.scaling_factor
+            moments = self.model.encode(images_B3PQ)
+        mean, log_variance = moments.chunk(2, dim=1)
+        deviation = torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCES)).float()
+        mean = (mean.float() - self.shift_factor) * self.scaling_factor
+        return mean, deviation * self.scaling_factor
 
     @property
     def knows_colours(self) -> bool:
@@ -103,8 +104,8 @@ class Autoencoder(nn.Module):
     def _colour_map(self) -> Tensor:
         """Each latent channel's part in red, green and blue, and last what no channel gives."""
         own = FLUX_1_DEV.vae_scaling_factor, FLUX_1_DEV.vae_shift_factor
-        widths = tuple(self.model.config.block_out_channels)
-        if (self.scaling_factor, self.shift_factor) == own and widths == FLUX_1_WIDTHS:
+        factors = self.scaling_factor, self.shift_factor
+        if factors == own and self.model.config.widths == FLUX_1_WIDTHS:
             return torch.tensor(FLUX_1_COLOURS)
         return self._fit_colours()
 
@@ -116,7 +117,7 @@ class Autoencoder(nn.Module):
         """
         sides = torch.randint(2, (1, RGB, 12, 12), generator=torch.Generator().manual_seed(0))
         images = F.interpolate(2.0 * sides - 1, (256, 256))
-        means, _ = self.encode(images.to(self.model.device))
+        means, _ = self.encode(images.to(self.model.decoder.conv_in.weight.device))
         latents = F.pad(means.cpu().nan_to_num().flatten(2)[0], (0, 0, 0, 1), value=1)
         colours = F.avg_pool2d(images, self.pixels_per_latent).flatten(2)[0]
         return torch.linalg.lstsq(latents.T, colours.T).solution
@@ -131,8 +132,6 @@ def build_autoencoder(
         InputError: `dtype` is neither bfloat16 nor float32.
         FormatError: the entries are not those of such an autoencoder.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
     check_compute_dtype(dtype)
     num_levels = count_blocks(component, "encoder.down_blocks")
     widths = [
@@ -145,20 +144,17 @@ def build_autoencoder(
             f"the vae in `{component.source}` has levels of {widths} channels, which do not divide "
             f"into {groups} groups"
         )
+    config = VaeConfig(
+        widths=tuple(widths),
+        num_resnets=count_blocks(component, "encoder.down_blocks.0.resnets"),
+        latent_channels=shape_of(component, "decoder.conv_in.weight", num_axes=4)[1],
+        norm_groups=groups,
+        has_quant_conv=has_any(component, "quant_conv."),
+        has_post_quant_conv=has_any(component, "post_quant_conv."),
+        has_mid_attention=has_any(component, "decoder.mid_block.attentions."),
+    )
     with torch.device("meta"):
-        model = AutoencoderKL(
-            in_channels=RGB,
-            out_channels=RGB,
-            down_block_types=("DownEncoderBlock2D",) * num_levels,
-            up_block_types=("UpDecoderBlock2D",) * num_levels,
-            block_out_channels=tuple(widths),
-            layers_per_block=count_blocks(component, "encoder.down_blocks.0.resnets"),
-            latent_channels=shape_of(component, "decoder.conv_in.weight", num_axes=4)[1],
-            norm_num_groups=groups,
-            use_quant_conv=has_any(component, "quant_conv."),
-            use_post_quant_conv=has_any(component, "post_quant_conv."),
-            mid_block_add_attention=has_any(component, "decoder.mid_block.attentions."),
-        )
+        model = Vae(config)
     assemble(model, component, device=device, dtype=dtype)
     return Autoencoder(
         model, scaling_factor=facts.vae_scaling_factor, shift_factor=facts.vae_shift_factor

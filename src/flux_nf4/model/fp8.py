@@ -23,10 +23,6 @@ class Fp8Linear(nn.Module):
     stored (N, K) 8-bit float, bias (N,) in the dtype that it computes in.
     """
 
-    # transformers' T5 asks a feed-forward layer for the dtype of its weight, to cast the input to
-    # it. None says that there is nothing to cast for; the 8-bit dtype would be the wrong answer.
-    weight: None = None
-
     def __init__(self, stored_NK: Tensor, bias_N: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = stored_NK.shape

@@ -140,11 +140,13 @@ def tokenizer_from_folder(folder: Path, kind: EncoderKind) -> Tokenizer:
     if kind == "clip" and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return clip_tokenizer(_read(folder / "vocab.json"), _read(folder / "merges.txt"))
     if kind == "t5" and (folder / "spiece.model").is_file():
-        return _t5_from_sentencepiece(folder)
-    wanted = "vocab.json and merges.txt" if kind == "clip" else "spiece.model"
-    raise ModelNotFoundError(
-        f"`{folder}` holds no {kind} tokenizer: neither tokenizer.json nor {wanted}"
-    )
+        raise FormatError(
+            f"`{folder}` holds T5's tokenizer as spiece.model alone",
+            hint="put the model's tokenizer.json beside it; every published FLUX.1 has one",
+        )
+    wanted = "neither tokenizer.json nor vocab.json and merges.txt"
+    wanted = wanted if kind == "clip" else "no tokenizer.json"
+    raise ModelNotFoundError(f"`{folder}` holds no {kind} tokenizer: {wanted}")
 
 
 def clip_tokenizer(vocab_json: str, merges_text: str) -> Tokenizer:
@@ -191,18 +193,6 @@ def clip_tokenizer(vocab_json: str, merges_text: str) -> Tokenizer:
         ]
     )
     return tokenizer
-
-
-def _t5_from_sentencepiece(folder: Path) -> Tokenizer:
-    from transformers import T5TokenizerFast
-
-    try:
-        return T5TokenizerFast.from_pretrained(folder, local_files_only=True).backend_tokenizer
-    except Exception as error:  # sentencepiece's parser raises no narrower class
-        raise FormatError(
-            f"`{folder / 'spiece.model'}` cannot be read: {error}",
-            hint="put the model's tokenizer.json beside it",
-        ) from error
 
 
 def _read(path: Path) -> str:

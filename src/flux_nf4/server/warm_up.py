@@ -37,8 +37,9 @@ def warm_up(model: Model, on_event: Callable[[], None]) -> bool:
     from flux_nf4.pipeline.generate import generate
 
     size = model.facts.default_size
-    num_steps = LEAST_CALLS + 1
-    request = GenerationRequest(prompt="", width=size, height=size, num_inference_steps=num_steps)
+    request = GenerationRequest(
+        prompt="warm-up", width=size, height=size, num_inference_steps=LEAST_CALLS + 1
+    )
     try:
         for event in generate(model, request):
             on_event()

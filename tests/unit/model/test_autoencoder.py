@@ -56,7 +56,7 @@ def test_latents_are_float32_whatever_it_computes_in(vae):
 
 def test_colours_of_flux_1s_latents_need_no_weights(vae):
     built = build_autoencoder(vae, FACTS, **BUILD)
-    built.model.register_to_config(block_out_channels=[128, 256, 512, 512])
+    built.model.config = replace(built.model.config, widths=(128, 256, 512, 512))
     del built.model.encoder, built.model.decoder
     latents = torch.zeros(1, 16, 1, 2)
     latents[0, 9, 0, 1] = 2.0

@@ -117,10 +117,11 @@ def test_a_damaged_vocabulary_is_a_format_error(vocab, merges):
         clip_tokenizer(vocab, merges)
 
 
-def test_a_damaged_sentencepiece_model_is_a_format_error(tmp_path):
-    (tmp_path / "spiece.model").write_bytes(b"not a protobuf")
-    with pytest.raises(FormatError, match=r"spiece\.model"):
+def test_a_sentencepiece_model_alone_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(b"of whatever kind")
+    with pytest.raises(FormatError, match=r"spiece\.model") as raised:
         tokenizer_from_folder(tmp_path, "t5")
+    assert "tokenizer.json" in raised.value.hint
 
 
 def test_a_vocabulary_without_marks_is_a_format_error():

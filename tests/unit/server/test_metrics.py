@@ -6,12 +6,40 @@ import httpx2
 import pytest
 from engines import finished, serving
 from live_server import live_server
+from prometheus_client import Counter, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import FakeEngine, out_of_memory, wait_until
 
 from flux_nf4.server.metrics import Metrics
 
 PROMPT = "a very private lighthouse"
+
+# What dashboards are promised: names, and the labels that each has beside those of a worker.
+PROMISED = {
+    "requests_total": {"api", "status", "finish_reason"},
+    "requests_running": set(),
+    "requests_waiting": set(),
+    "request_duration_seconds": set(),
+    "queue_seconds": set(),
+    "first_preview_seconds": set(),
+    "stage_seconds": {"stage"},
+    "step_seconds": set(),
+    "images_total": set(),
+    "pixels_total": set(),
+    "steps_total": set(),
+    "admission_rejections_total": {"reason"},
+    "cancelled_total": {"cause"},
+    "oom_total": {"stage", "action"},
+    "worker_restarts_total": {"reason"},
+    "replays_total": set(),
+    "vram_bytes": {"kind"},
+    "host_bytes": set(),
+    "offload_bytes_total": {"direction"},
+    "weights_resident_bytes": set(),
+    "lora_loaded": set(),
+    "build_info": set(),
+    "model_info": {"sha", "licence"},
+}
 
 
 def samples(text):
@@ -96,6 +124,7 @@ def test_before_the_model_is_loaded_there_is_no_model(metrics):
     loading = Metrics(engine)
 
     assert value(metrics, "model_info", **model_labels(metrics)) == 1
+    assert {"sha", "licence"} < set(model_labels(metrics))
     assert "flux_nf4_model_info" not in {family.name for family in loading.registry.collect()}
 
 
@@ -188,10 +217,12 @@ def test_a_devices_memory_is_told_as_the_last_job_left_it():
         async with serving("planned") as engine:
             metrics = Metrics(engine)
             await finished(engine)
-            kinds = ("budget", "peak", "resident")
+            kinds = ("budget", "peak")
             told = [value(metrics, "vram_bytes", device="cpu", kind=kind) for kind in kinds]
-            assert told == [6, 5, 4]
-            assert value(metrics, "offload_bytes_total", device="cpu") == 3
+            assert told == [6, 5]
+            assert value(metrics, "weights_resident_bytes", device="cpu") == 4
+            way = {"direction": "to_device"}
+            assert value(metrics, "offload_bytes_total", device="cpu", **way) == 3
 
     asyncio.run(claim())
 
@@ -213,6 +244,30 @@ def test_names_follow_prometheus_conventions(metrics):
     ours = {name for name in names if not name.startswith("process_")}
 
     assert all(re.fullmatch(r"flux_nf4_[a-z_]+", name) for name in ours)
+
+
+def labels_of(metrics):
+    """Every name that is served, and its labels; of a counter that has none yet those to come."""
+    labels = {}
+    for family in metrics.registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels[name] = {label for sample in family.samples for label in sample.labels}
+    for collector in vars(metrics).values():
+        if isinstance(collector, Counter | Histogram):
+            suffix = "_total" if isinstance(collector, Counter) else ""
+            labels[collector._name + suffix] = set(collector._labelnames)
+    return labels
+
+
+def test_every_name_and_label_that_is_promised_is_served():
+    async def claim():
+        async with serving("planned") as engine:
+            await finished(engine)
+            return labels_of(Metrics(engine))
+
+    served = asyncio.run(claim())
+    for name, labels in PROMISED.items():
+        assert labels <= served[f"flux_nf4_{name}"], name
 
 
 def test_two_servers_do_not_add_up(metrics):

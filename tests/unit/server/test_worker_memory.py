@@ -37,7 +37,7 @@ class FakeParent:
     """Keeps what a worker says; of an image the pixels."""
 
     def __init__(self, path):
-        wishes = {"vram": PLENTY, "ram": None, "arithmetic": "bf16"}
+        wishes = {"vram": PLENTY, "ram": None, "arithmetic": "bf16", "warm_up": True}
         self.settings = {"device": "cpu", "model": str(path)} | wishes
         self.shared, self.cancelled = make_shared_memory(), set()
         self.orders, self.budgets, self.answers = SimpleQueue(), SimpleQueue(), SimpleQueue()

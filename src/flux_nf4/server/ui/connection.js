@@ -6,6 +6,7 @@ import { onLanguage, t } from "./i18n.js";
 import { changed, state } from "./state.js";
 
 const MAX_PAUSE_S = 8;
+const MAX_PAUSE_WHILE_LOADING_S = 2; // somebody waits, and it will not be long
 let isReached = true;
 let banner = null; // the key of the banner's text
 let waiting = [];
@@ -35,13 +36,14 @@ export function ask() {
 }
 
 async function askUntilAnswered() {
-  for (let pause = 1; ; pause = Math.min(pause * 2, MAX_PAUSE_S)) {
+  for (let pause = 1, longest; ; pause = Math.min(pause * 2, longest)) {
     try {
       state.capabilities = await get("v1/capabilities");
       break;
     } catch (error) {
       // 503: it is there, but its model is not loaded yet.
       setBanner(error instanceof ApiError ? "loading" : "gone");
+      longest = error.status === 503 ? MAX_PAUSE_WHILE_LOADING_S : MAX_PAUSE_S;
     }
     await new Promise((resolve) => {
       wake = resolve;
