@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -82,6 +83,10 @@ def cases(part: str, shared: dict[str, Any]) -> list[dict[str, Any]]:
             for how, size in (("bf16", sizes[0]), ("auto", sizes[0]), ("bf16", sizes[-1]))
             for cap in CAPS
         ]
+        found += [
+            {"case": "ours", "storage": "file", "cap_gib": cap, "size": sizes[0], "ram": 0}
+            for cap in (6.0, 2.0)
+        ]
     if part in ("all", "storages"):
         found += [
             {"case": "ours", "storage": storage, "cap_gib": cap, "size": sizes[0]}
@@ -140,6 +145,7 @@ def _memory() -> dict[str, Any]:
         "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "driver_gib": (total_bytes - free_bytes) / GIB,
+        "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
@@ -172,7 +178,12 @@ def _measure_ours(case: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     model = assemble_model(
         _checkpoint(case),
-        LoadSettings(device=case["device"], vram=vram, arithmetic=case.get("arithmetic", "bf16")),
+        LoadSettings(
+            device=case["device"],
+            vram=vram,
+            ram=case.get("ram"),
+            arithmetic=case.get("arithmetic", "bf16"),
+        ),
     )
     _cap(case)  # strictly: the model itself leaves some room beside its plan
     opened_s = time.perf_counter() - began

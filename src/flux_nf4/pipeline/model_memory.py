@@ -137,8 +137,10 @@ class ModelMemory:
         if self.residency is None or self.inventory is None or self._budget is None:
             return
         if workload != self._workload or self.plan is None:
-            self._workload, self._graph = workload, None
-            self.plan = make_plan(self.inventory, workload, self._budget)
+            before, self.plan = self.plan, make_plan(self.inventory, workload, self._budget)
+            if not (self._is_same_step(workload, before) and self._has_room_for_graph()):
+                self._graph = None
+            self._workload = workload
         self._phases.clear()
         self._was_least = False
         self.residency.device.reset_peak()
@@ -168,6 +170,13 @@ class ModelMemory:
         if self._has_room_for_graph():
             self._graph = graph
         return graph
+
+    def _is_same_step(self, workload: Workload, before: Plan | None) -> bool:
+        """Whether a graph of the workload before serves this one: of a step they are the same."""
+        if before is None or self.plan is None or self._workload is None:
+            return False
+        as_many_steps = replace(workload, num_steps=self._workload.num_steps)
+        return as_many_steps == self._workload and self.plan.placements == before.placements
 
     def _has_room_for_graph(self) -> bool:
         """Whether weights stay from image to image, and a step's activations may as well."""

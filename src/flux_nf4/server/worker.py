@@ -110,15 +110,15 @@ class Worker:
                 **{name: parent.settings[name] for name in ("vram", "ram", "arithmetic")},
             ),
         )
-        if parent.settings["warm_up"] and repays(device):
-            is_warm = warm_up(self.model, partial(parent.send, "loading", stage="warm-up"))
-            if not is_warm and not self._is_sound():
-                _give_up()
         plan = self.model.memory.plan
         self.own_size = None if plan is None else plan.workload
         is_gpu = device.type == "cuda"
         self.total_bytes = torch.cuda.mem_get_info(device)[1] if is_gpu else None
         memory = None if plan is None else self._memory(plan, parent.settings["vram"])
+        if parent.settings["warm_up"] and repays(device):
+            is_warm = warm_up(self.model, partial(parent.send, "loading", stage="warm-up"))
+            if not is_warm and not self._is_sound():
+                _give_up()
         parent.send(
             "ready",
             capabilities=capabilities(self.model, is_demo=path is None, memory=memory),

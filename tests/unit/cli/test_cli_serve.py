@@ -80,7 +80,7 @@ def test_options_reach_the_server(flux, served):
         *("--cors-origin", "https://a.example", "--max-queue", "3", "--max-pixels", "1000000"),
         *("--max-work", "50", "--step-timeout", "7", "--drain-timeout", "9", "--device", "cpu"),
         *("--max-per-key", "2", "--durable", "queue.db", "--sdapi-cfg", "true", "--log-prompts"),
-        "--lock-memory",
+        *("--lock-memory", "--no-warm-up"),
     )
 
     ((settings, engine),) = served
@@ -90,7 +90,7 @@ def test_options_reach_the_server(flux, served):
     assert (settings.drain_timeout_s, settings.sdapi_cfg) == (9, "true")
     assert (settings.log_prompts, settings.lock_memory) == (True, True)
     assert (engine.max_queue, engine.step_timeout_s, engine.device) == (3, 7, "cpu")
-    assert engine.max_running_per_owner == 2
+    assert (engine.max_running_per_owner, engine.warm_up) == (2, False)
     assert engine.journal.name == "queue.db"
 
 

@@ -165,6 +165,17 @@ def test_a_process_that_is_warm_has_counted_no_request_and_told_its_memory(folde
     with_worker(folder, claim)
 
 
+def test_the_plan_that_is_told_is_the_same_with_a_warm_up_or_without(folder):
+    told = []
+
+    async def claim(engine, registry):
+        told.append(engine.capabilities.memory)
+
+    with_worker(folder, claim)
+    with_worker(folder, claim, warm_up=False)
+    assert told[0] == told[1]
+
+
 def test_a_process_draws_the_same_with_a_warm_up_or_without(folder):
     images = []
 

@@ -1,0 +1,150 @@
+"""Draw `benchmarks.memory`'s results: `python -m benchmarks.memory_report RESULTS --out FOLDER`.
+
+`memory.svg` has a line for each way of running, milliseconds a step over the cap on memory;
+`memory.md` the tables: every case of the file, errors as errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flux_nf4.pipeline.chart import (
+    BLUE,
+    GREEN,
+    GRID,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    Page,
+    Panel,
+    ticks,
+)
+
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, MUTED)
+_WIDTH, _HEIGHT, _LEFT, _TOP = 860, 380, 70, 60
+_NAMES = 190  # what stands at the right of the lines
+_HEAD = (
+    "cap, GiB", "ms a step", "of uncapped", "GB moved a step", "peak, GiB", "planned, GiB",
+    "whole device, GiB", "to the first step, s", "new prompt, s",
+)  # fmt: skip
+
+Record = Mapping[str, Any]
+
+
+def main() -> None:
+    """Read the lines, write the two files."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--out", type=Path, default=Path())
+    given = parser.parse_args()
+    lines = given.results.read_text(encoding="utf-8").splitlines()
+    ways = by_way([json.loads(line) for line in lines if line.strip()])
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "memory.svg").write_text(chart(ways), encoding="utf-8")
+    (given.out / "memory.md").write_text(tables(ways), encoding="utf-8")
+
+
+def by_way(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The cases of each way of running, the largest cap first; of two runs the later counts."""
+    ways: dict[str, dict[float, Record]] = {}
+    for record in records:
+        if record["case"] in ("ours", "peer"):
+            cap = float("inf") if record["cap_gib"] is None else record["cap_gib"]
+            ways.setdefault(_name(record), {})[cap] = record
+    return {
+        name: [cases[cap] for cap in sorted(cases, reverse=True)] for name, cases in ways.items()
+    }
+
+
+def _name(record: Record) -> str:
+    if record["case"] == "peer":
+        offload = "" if record["offload"] == "none" else f", offload {record['offload']}"
+        return f"Diffusers {record['storage']}{offload}"
+    storage = (
+        "NF4 v2" if record["storage"] == "file" else str(record["storage"]).replace("nf", "NF")
+    )
+    width, height = record["size"]
+    size = "" if width == height else f", {width} x {height}"
+    from_file = ", weights read from the file" if record.get("ram") == 0 else ""
+    return f"{storage}, {record.get('arithmetic') or 'bf16'}{size}{from_file}"
+
+
+def chart(ways: Mapping[str, Sequence[Record]]) -> str:
+    """Milliseconds a step over the cap; caps stand side by side, the smallest at the right."""
+    found = {
+        name: {_cap(case): case["step_ms"] for case in cases if "step_ms" in case}
+        for name, cases in ways.items()
+    }
+    caps = list(dict.fromkeys(_cap(case) for cases in ways.values() for case in cases))
+    caps.sort(key=lambda cap: -float("inf") if cap == "none" else -float(cap))
+    page = Page(_WIDTH, _HEIGHT)
+    if not any(found.values()):
+        page.text(24, 36, "nothing was measured", colour=MUTED)
+        return page.to_svg()
+    highest = 1.1 * max(ms for points in found.values() for ms in points.values())
+    panel = Panel(
+        page=page,
+        left=_LEFT,
+        top=_TOP,
+        width=_WIDTH - _LEFT - _NAMES,
+        height=_HEIGHT - _TOP - 60,
+        x_range=(0, max(1, len(caps) - 1)),
+        y_range=(0, highest),
+    )
+    panel.title("ms a step, by what tensors may take")
+    for value in ticks(0, highest):
+        panel.line([(0, value), (max(1, len(caps) - 1), value)], GRID)
+        page.text(_LEFT - 8, panel.at(0, value)[1] + 4, f"{value:g}", anchor="end", colour=MUTED)
+    for number, cap in enumerate(caps):
+        label = "no cap" if cap == "none" else f"{cap} GiB"
+        page.text(panel.at(number, 0)[0], _HEIGHT - 36, label, anchor="middle", colour=MUTED)
+    for (name, points), colour in zip(found.items(), COLOURS * len(found), strict=False):
+        places = [(caps.index(cap), ms) for cap, ms in points.items()]
+        panel.line(sorted(places), colour, width=2)
+        for x, y in places:
+            page.dot(*panel.at(x, y), colour, title=f"{name}: {y:.1f} ms")
+        if places:
+            x, y = panel.at(*max(places))
+            page.text(x + 10, y + 4, name, colour=colour)
+    return page.to_svg()
+
+
+def tables(ways: Mapping[str, Sequence[Record]]) -> str:
+    """Markdown, a table for each way of running."""
+    lines = []
+    for name, cases in ways.items():
+        lines += [f"| {name}: {_HEAD[0]} | " + " | ".join(_HEAD[1:]) + " |"]
+        lines += ["|" + "---|" * len(_HEAD)]
+        full = next((case["step_ms"] for case in cases if case["cap_gib"] is None), None)
+        lines += [_row(case, full) for case in cases] + [""]
+    return "\n".join(lines)
+
+
+def _row(case: Record, full_ms: float | None) -> str:
+    if "step_ms" not in case:
+        return f"| {_cap(case)} | {case['error']} |" + " |" * (len(_HEAD) - 2)
+    new = case.get("new_prompt", {})
+    share = "" if full_ms is None or case["cap_gib"] is None else f"{case['step_ms'] / full_ms:.3f}"
+    values = (
+        _cap(case),
+        f"{case['step_ms']:.1f}",
+        share,
+        f"{new['step_bytes'] / 1e9:.2f}" if new else "",
+        *(f"{case[key]:.2f}" if case.get(key) else "" for key in (
+            "allocated_gib", "planned_gib", "driver_gib", "first_step_s",
+        )),
+        f"{new['seconds']:.2f}" if new else "",
+    )  # fmt: skip
+    return "| " + " | ".join(values) + " |"
+
+
+def _cap(case: Record) -> str:
+    return "none" if case["cap_gib"] is None else f"{case['cap_gib']:g}"
+
+
+if __name__ == "__main__":
+    main()
