@@ -49,9 +49,6 @@ if TYPE_CHECKING:
     from flux_nf4.pipeline.request import GenerationRequest
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# What diffusers and transformers import where they find it, and no model here needs: without them a
-# worker is there again a third sooner.
-_NOT_NEEDED = ("bitsandbytes", "peft", "scipy")
 
 
 def main() -> int:
@@ -60,8 +57,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for name in _NOT_NEEDED:
-        sys.modules[name] = None  # type: ignore[assignment]  # not to be found
     parent = Parent()
     parent.send("loading", stage="libraries")
     try:
