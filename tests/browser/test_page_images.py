@@ -124,7 +124,7 @@ def test_settings_of_an_image_are_used_again(page, server):
     page.get_by_role("button", name="Reuse its settings").click()
     page.locator("#generate").click()
 
-    expect(page.locator(".tile")).to_have_count(2)
+    expect(page.get_by_role("button", name=f"{PROMPT}, seed")).to_have_count(2)  # both are done
     first, second = jobs_of(server)
     assert first.images[0].sha256 == second.images[0].sha256
     assert first.spec == second.spec
