@@ -291,15 +291,23 @@ def _link_seconds(plan: Plan) -> dict[str, float]:
 
 
 def _kept_text(plan: Plan) -> str:
-    """The networks that stay on the device whole, and how many blocks."""
-    kept = [each.unit.name for each in plan.placements if each.use == "kept"]
-    num_kept = sum(name.startswith("blocks.") for name in kept)
-    num_blocks = len(_blocks(plan))
-    found = ["blocks" if num_kept == num_blocks else f"{num_kept} blocks"] if num_kept else []
-    networks = {"vae": "VAE", "conditioner": "modulation", "clip": "CLIP", "t5": "T5"}
-    names = {name.split(".")[0] for name in kept}
-    found += [shown for name, shown in networks.items() if name in names]
-    return "everything" if len(found) == 1 + len(networks) else ", ".join(found) or "nothing"
+    """The networks that stay on the device, and of one that does so in part how much."""
+    networks = {
+        "blocks": "blocks",
+        "vae": "VAE",
+        "conditioner": "modulation",
+        "clip": "CLIP",
+        "t5": "T5",
+    }
+    found = []
+    for name, shown in networks.items():
+        units = [each for each in plan.placements if each.unit.name.split(".")[0] == name]
+        units = [each for each in units if each.use != "looked up"]
+        num_kept = sum(each.use == "kept" for each in units)
+        if num_kept:
+            found.append(shown if num_kept == len(units) else f"{num_kept}/{len(units)} of {shown}")
+    is_all = found == list(networks.values())
+    return "everything" if is_all else ", ".join(found) or "nothing"
 
 
 def _verdict(vram: str, plan: Plan) -> str:

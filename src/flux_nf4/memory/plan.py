@@ -129,15 +129,16 @@ class _Case:
         self.batch_size = batch_size
         order = keep_order(len(inventory.blocks))
         self.blocks = tuple(inventory.blocks[index] for index in order)
-        # What is kept between images comes in this order; of T5 and the conditioner all or none.
-        self.groups: tuple[tuple[Unit, ...], ...] = (
-            *((block,) for block in self.blocks),
-            (inventory.vae,),
-            inventory.conditioner,
-            (inventory.clip,),
-            inventory.t5,
+        # What is kept between images comes in this order, T5 layer by layer from the first: it
+        # computes while the others arrive.
+        self.keeping = (
+            *self.blocks,
+            inventory.vae,
+            *inventory.conditioner,
+            inventory.clip,
+            *inventory.t5,
         )
-        self.ranks = {unit.name: i for i, group in enumerate(self.groups) for unit in group}
+        self.ranks = {unit.name: i for i, unit in enumerate(self.keeping)}
         self.text_working = activations.text_bytes(inventory, workload)
         self.modulation_working = activations.modulation_bytes(inventory, workload)
         self.denoise_working = activations.denoise_bytes(inventory, workload, batch_size)
@@ -177,11 +178,11 @@ class _Case:
             yield RING_SLOTS, num_resident
 
     def _most_kept(self, num_resident: int) -> int:
-        """How many groups may be kept: only blocks that the loop has, and all of those first."""
-        return len(self.groups) if num_resident == len(self.blocks) else num_resident
+        """How many units may be kept: only blocks that the loop has, and all of those first."""
+        return len(self.keeping) if num_resident == len(self.blocks) else num_resident
 
     def _kept(self, count: int) -> tuple[Unit, ...]:
-        return tuple(unit for group in self.groups[:count] for unit in group)
+        return self.keeping[:count]
 
     def _needs(self, count: int, num_slots: int, num_resident: int) -> dict[Phase, _Need]:
         return {
@@ -300,8 +301,7 @@ class _Case:
 
         Streamed blocks are the last in the order of keeping, so they are the first here.
         """
-        groups = self.groups
-        queue = (*reversed(self.blocks), *self._kept(len(groups))[len(self.blocks) :], self._tokens)
+        queue = (*reversed(self.blocks), *self.keeping[len(self.blocks) :], self._tokens)
         kept = {unit.name for unit in self._kept(num_kept)}
         homes: dict[str, Home] = dict.fromkeys(kept, "device")
         limits: tuple[tuple[Home, int | None], ...] = (

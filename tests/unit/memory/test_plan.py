@@ -60,6 +60,15 @@ def test_where_much_memory_is_no_second_image_loads_a_weight(dev):
     assert [each.moved_bytes for each in plan.phases] == [0, 0, 0, 0]
 
 
+def test_room_that_is_left_keeps_a_part_of_t5_for_the_next_prompt(dev):
+    plan = make_plan(dev, SQUARE, Budget(device_bytes=10 * GIB))
+    kept = [each.use == "kept" for each in plan.placements if each.unit.name.startswith("t5.")]
+
+    assert 0 < sum(kept) < len(dev.t5)
+    assert phase(plan, "text").moved_bytes < 3 * GIB
+    assert plan.peak_bytes > 9.7 * GIB
+
+
 def test_a_ring_has_a_slot_for_the_largest_block(dev):
     ring = phase(make_plan(dev, SQUARE, capped(2)), "denoise").ring
 
