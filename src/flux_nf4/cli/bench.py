@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,11 @@ def run(options: BenchOptions) -> int:
 
     if options.model is not None and options.random is not None:
         raise InputError("`--model` and `--random` are two models", hint="give one of them")
+    if options.compare and importlib.util.find_spec("diffusers") is None:
+        raise InputError(
+            "`--compare` runs Diffusers, which is not installed",
+            hint="install it with `pip install 'flux-nf4[compare]'`",
+        )
     size = requested_size(Settings(size=options.size))
     check_size(size.width or 1024, size.height or 1024)
     output = _output(options.output)

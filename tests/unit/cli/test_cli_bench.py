@@ -57,3 +57,12 @@ def test_a_missing_folder_is_found_before_anything_is_measured(bench, tmp_path):
     ended = bench("-o", str(tmp_path / "absent" / "results.jsonl"))
 
     assert (ended.exit_code, ended.out) == (7, "")
+
+
+def test_peers_that_are_not_installed_are_said_before_anything_is_measured(bench, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    ended = bench("--compare")
+
+    assert ended.exit_code != 0
+    assert "Diffusers" in ended.err
+    assert "flux-nf4[compare]" in ended.err
