@@ -9,11 +9,14 @@ import { state } from "./state.js";
 const TYPES = ["image/png", "image/jpeg", "image/webp"];
 const MAX_SIDE = 2048; // of a starting image; FLUX draws smaller ones
 let source = null; // {blob, url, width, height, mask: canvas or null}
+let arriving = null; // the promise of one that is being decoded: a request waits for it
 let chosen = null; // the file that the dialog asks about
 let restore = () => {};
 
 /** Take `blob` as the starting image. All but a plain PNG is drawn anew: upright, not too large. */
-export async function useAsSource(blob) {
+export const useAsSource = (blob) => (arriving = take(blob));
+
+async function take(blob) {
   const bitmap = await createImageBitmap(blob);
   const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
   const width = Math.round(bitmap.width * scale), height = Math.round(bitmap.height * scale);
@@ -74,6 +77,7 @@ async function paint() {
 
 /** The request's part about the starting image, or null. */
 export async function sourceRequest() {
+  await arriving?.catch(() => {}); // said where it was dropped
   if (!source) return null;
   const request = { image: await base64(source.blob) };
   if (source.mask)
@@ -166,7 +170,12 @@ async function takeDrop(event) {
   hideDrop();
   if (!blob) return;
   if (!target) return void offer(blob);
-  if (await isImage(blob)) await use(target.dataset.use, blob);
+  arriving = useIfImage(target.dataset.use, blob);
+  await arriving;
+}
+
+async function useIfImage(kind, blob) {
+  if (await isImage(blob)) await use(kind, blob);
   else toast(t("not_an_image"), { isError: true });
 }
 
