@@ -128,7 +128,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     _cap(case)
     try:
         measured = memory_peers.measure(case) if case["case"] == "peer" else _measure_ours(case)
-    except (FluxNF4Error, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (FluxNF4Error, RuntimeError, ValueError, TypeError) as error:
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     return measured | (_memory() if is_cuda else {})
 

@@ -28,8 +28,8 @@ LEAST_CALLS = 4  # fewer repay no capture
 class StepGraph:
     """`FluxBlocks.forward` without gradients, on CUDA; calls of another shape run as they are.
 
-    `is_moving` tells of a block whether its weights come and go. Where memory runs out in the
-    capture and no block's weights do, all further calls run as they are.
+    `is_moving` tells of a block whether its weights come and go. Where the first graph cannot be
+    captured, for want of memory or of a device that can, all further calls run as they are.
 
     Raises:
         torch.OutOfMemoryError: no room for a step; or none for a graph, where weights move.
@@ -117,7 +117,8 @@ class StepGraph:
                 self._segments[-1][1].capture_end()
             self._segments[-1][1].replay()
         except RuntimeError:  # out of memory, mostly; no error of our own comes from here
-            self._has_failed = len(self._segments) == 1
+            # Before the second graph no weights have moved: the call may begin again as it is.
+            self._has_failed = len(self._segments) <= 1
             self._segments.clear()
             self._inputs = ()
             if not self._has_failed:

@@ -147,3 +147,16 @@ def test_without_memory_for_graphs_of_weights_that_move_it_is_said(blocks, log, 
     monkeypatch.setitem(fused_step.__globals__, "project", full)
     with pytest.raises(torch.OutOfMemoryError):
         graph(*given)
+
+
+@torch.no_grad()
+def test_on_a_device_that_captures_nothing_steps_run_as_they_are(blocks, log, monkeypatch):
+    graph, given = StepGraph(blocks, torch.device("cpu"), lambda _: True), inputs(blocks.config)
+    expected = graph(*given)
+
+    def refuse(*_, **__):
+        raise RuntimeError("operation not supported")
+
+    monkeypatch.setattr(step_graph.torch.cuda.CUDAGraph, "capture_begin", refuse)
+    for _ in range(2):
+        assert torch.equal(graph(*given), expected)

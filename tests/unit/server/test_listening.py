@@ -187,6 +187,7 @@ def test_a_reader_that_stops_reading_holds_nobody_up():
         url = f"{server.url}/v1/jobs/{job['id']}"
 
         wait_until(lambda: httpx2.get(url).json()["state"] == "done", 60)
+        assert httpx2.get(url).json()["error"] is None
 
 
 # ---- listening ----------------------------------------------------------------------------------

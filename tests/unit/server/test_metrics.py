@@ -6,7 +6,7 @@ import httpx2
 import pytest
 from engines import finished, serving
 from live_server import live_server
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import FakeEngine, out_of_memory, wait_until
 
@@ -191,7 +191,9 @@ def test_pixels_are_counted(metrics):
 
 
 def test_an_unknown_event_is_passed_over(metrics):
+    before = generate_latest(metrics.registry)
     metrics.observe("something_new", anything=1)
+    assert generate_latest(metrics.registry) == before
 
 
 def test_too_little_memory_is_counted_and_named():

@@ -68,6 +68,7 @@ def test_mixed_requests_leave_nothing_behind(server, alone):
 
     # The last of them may have been a client that went away in the middle of its image.
     wait_until(is_idle)
+    assert is_idle()
 
 
 def test_requests_outlive_their_workers(server):

@@ -54,6 +54,7 @@ def test_a_worker_that_is_stopped_is_killed_and_its_job_run_again(pipe):
             await seen(job, "step")
             kill_worker(engine, signal.SIGSTOP)
             await seen(job, "retrying")
+            assert engine.status().workers[0].num_restarts == 1
 
     asyncio.run(claim())
 
