@@ -21,7 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.step_sections import SECTIONS, Setting, run_section
+from benchmarks.step_sections import SECTIONS, run_section
+from benchmarks.stepper import Setting
 from flux_nf4.cli.bench_record import append_record
 
 FILE = "step.jsonl"
