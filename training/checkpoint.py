@@ -99,3 +99,9 @@ def state_progress(path: Path) -> Progress | None:
         return None
     with safe_open(path, framework="pt") as file:
         return Progress(**json.loads(file.metadata()[PROGRESS_KEY]))
+
+
+def part_of(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one part of a file that holds several, without the part's name."""
+    prefix = f"{name}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,12 +1,17 @@
 """Pretrain the text encoders on captions alone: from token ids to what stands where.
 
     python -m training.train_text --minutes 60 --out training/weights/text-encoders.safetensors
+    python -m training.train_text --init ENCODERS --listener FILE ...
 
 FLUX is given T5 and CLIP ready-made, and so is the demo model: trained from scratch beside the
 transformer, at its learning rate, T5 stayed a bag of words and "an owl above a mushroom" came out
 either way round (LOG.md). What a caption says of a picture is a few numbers, so no picture is
 needed: each encoder learns, by itself, to predict the thing in each of 4 x 4 cells, its tint and
 the background's colour. A CPU does it in an hour. The heads are dropped.
+
+With `--listener`, an all-in-one file, they also learn to be understood by the file's transformer
+(`listener`), whose two text layers for them are written beside them: a warm start then keeps what
+it can draw.
 
 Shape letters, in this module only:
     B  batch    T  text tokens    D  T5's width    P  CLIP's width    R  cells, 16
@@ -23,10 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import WORK
-from training.checkpoint import save_tensors
+from training.checkpoint import load_tensors, part_of, save_tensors
 from training.dataset import load_scenes
 from training.demo_tokenizers import load_tokenizer
 from training.grammar import TINTS, load_things
+from training.listener import Listener
 from training.networks import ClipText, Sizes, T5Encoder, start_clip, start_t5
 from training.runtime import Log, decay, ramp
 
@@ -37,6 +43,7 @@ NUM_CELLS = CELLS_PER_SIDE**2
 READER_WIDTH, CLIP_READER_WIDTH = 192, 64
 BATCH_SIZE = 96
 LEARNING_RATE, HEAD_LEARNING_RATE = 3e-4, 1e-3
+LISTENER_WEIGHT = 4.0  # of the share of variance missed, at most about 1
 SHADE_WEIGHT = 5.0  # makes the error of a colour, at most 1, weigh about as much as a cell's
 NUM_HELD_OUT = 512
 STEPS_BETWEEN_NOTES = 100
@@ -119,7 +126,9 @@ class PooledReader(nn.Module):
 class Lesson:
     """Encoders, readers, captions and scenes: one loss of random captions, one score of unseen."""
 
-    def __init__(self, scenes_path: Path) -> None:
+    def __init__(
+        self, scenes_path: Path, *, init: Path | None = None, listener: Path | None = None
+    ) -> None:
         scenes = {name: torch.from_numpy(a) for name, a in load_scenes(scenes_path).items()}
         self.objects, self.shades = scenes["objs"].long(), scenes["bg"].float() / 255
         self.t5_ids, self.clip_ids = scenes["t5"], scenes["clip"]
@@ -132,39 +141,78 @@ class Lesson:
         )
         num_things = len(load_things())
         self.t5, self.clip = start_t5(T5Encoder(sizes)), start_clip(ClipText(sizes))
+        self.listener = None if listener is None else Listener(listener, sizes)
+        if init is not None:
+            self.load(load_tensors(init))
         self.token_reader = TokenReader(num_things, sizes.t5_width)
         self.pooled_reader = PooledReader(num_things, sizes.clip_width)
 
-    def read(self, chosen: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What each encoder's reader says of these captions."""
-        tokens_BTD = self.t5(self.t5_ids[chosen].long())
-        pooled_BP = self.clip(self.clip_ids[chosen].long())
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over encoders that `tensors` once gave."""
+        for name, module in (("t5", self.t5), ("clip", self.clip)):
+            module.load_state_dict(part_of(tensors, name))
+        if self.listener is not None and (ears := part_of(tensors, "transformer")):
+            self.listener.ears.load(ears)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The encoders, and the transformer's layers for them if there is a listener, bfloat16."""
+        parts = {"t5": self.t5.state_dict(), "clip": self.clip.state_dict()}
+        if self.listener is not None:
+            parts["transformer"] = self.listener.ears.tensors()
+        return {
+            f"{name}.{inner}": tensor.to(torch.bfloat16)
+            for name, part in parts.items()
+            for inner, tensor in part.items()
+        }
+
+    def encode(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """T5's tokens and CLIP's vector of these captions."""
+        return self.t5(self.t5_ids[chosen].long()), self.clip(self.clip_ids[chosen].long())
+
+    def read(self, encoded: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What each encoder's reader says of captions."""
+        tokens_BTD, pooled_BP = encoded
         return [self.token_reader(tokens_BTD), self.pooled_reader(pooled_BP)]
+
+    def missed(self, chosen: Tensor, encoded: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Which share of what it heard of captions the listener misses; nothing without one."""
+        if self.listener is None:
+            return []
+        ids = self.t5_ids[chosen].long(), self.clip_ids[chosen].long()
+        return self.listener.missed(ids, encoded)
 
     def loss(self) -> Tensor:
         """The sum of all errors on a random batch."""
         chosen = torch.randint(self.num_seen, (BATCH_SIZE,))
         things_BR, tints_BR = cells_of(self.objects[chosen])
-        total = torch.zeros(())
-        for thing, tint, shade in self.read(chosen):
+        encoded = self.encode(chosen)
+        total = LISTENER_WEIGHT * sum(self.missed(chosen, encoded), start=torch.zeros(()))
+        for thing, tint, shade in self.read(encoded):
             total = total + F.cross_entropy(thing.flatten(0, 1), things_BR.flatten())
             total = total + F.cross_entropy(tint.flatten(0, 1), tints_BR.flatten())
             total = total + SHADE_WEIGHT * F.mse_loss(shade, self.shades[chosen])
         return total
 
     @torch.no_grad()
-    def score(self) -> list[float]:
-        """Share of the covered cells of unseen pairs that T5's and CLIP's reader get right."""
+    def report(self) -> str:
+        """Of unseen pairs: covered cells that each reader gets right, what the listener misses."""
         things_BR, _ = cells_of(self.objects[self.unseen])
         is_covered = things_BR > 0
-        said = (thing.argmax(-1) for thing, _, _ in self.read(self.unseen))
-        return [(s == things_BR)[is_covered].float().mean().item() for s in said]
+        encoded = self.encode(self.unseen)
+        said = (thing.argmax(-1) for thing, _, _ in self.read(encoded))
+        t5, clip = ((s == things_BR)[is_covered].float().mean().item() for s in said)
+        missed = [f"{error.item():.3f}" for error in self.missed(self.unseen, encoded)]
+        end = f"; the listener misses {' and '.join(missed)}" if missed else ""
+        return f"cells of unseen pairs: T5 {t5:.3f}, CLIP {clip:.3f}{end}"
 
 
 def train(lesson: Lesson, seconds: float, log: Log) -> None:
     """AdamW until the time is over; the rate falls over the last 60 % of it."""
     encoders = [*lesson.t5.parameters(), *lesson.clip.parameters()]
-    readers = [*lesson.token_reader.parameters(), *lesson.pooled_reader.parameters()]
+    heads: list[nn.Module] = [lesson.token_reader, lesson.pooled_reader]
+    if lesson.listener is not None:
+        heads.append(lesson.listener.ears)
+    readers = [parameter for head in heads for parameter in head.parameters()]
     rates = (LEARNING_RATE, HEAD_LEARNING_RATE)
     groups = [{"params": group} for group in (encoders, readers)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
@@ -179,31 +227,25 @@ def train(lesson: Lesson, seconds: float, log: Log) -> None:
         optimizer.step()
         step += 1
         if step % STEPS_BETWEEN_NOTES == 0:
-            t5, clip = lesson.score()
-            shown = f"loss {loss.item():.3f}, T5 {t5:.3f}, CLIP {clip:.3f}"
-            log(f"step {step} at {spent:.0f} s: {shown}")
+            log(f"step {step} at {spent:.0f} s: loss {loss.item():.3f}, {lesson.report()}")
 
 
 def main() -> None:
     """Train, and write both encoders to one file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenes", type=Path, default=WORK / "scenes.npz")
+    parser.add_argument("--init", type=Path, help="begin from these encoders")
+    parser.add_argument("--listener", type=Path, help="an all-in-one file: to be understood by it")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     log = Log("text")
-    lesson = Lesson(arguments.scenes)
+    lesson = Lesson(arguments.scenes, init=arguments.init, listener=arguments.listener)
     train(lesson, 60 * arguments.minutes, log)
-    tensors = {
-        f"{name}.{inner}": tensor.to(torch.bfloat16)
-        for name, module in (("t5", lesson.t5), ("clip", lesson.clip))
-        for inner, tensor in module.state_dict().items()
-    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(arguments.out, tensors)
-    t5, clip = lesson.score()
-    log(f"cells of unseen pairs: T5 {t5:.3f}, CLIP {clip:.3f}; written to {arguments.out}")
+    save_tensors(arguments.out, lesson.tensors())
+    log(f"{lesson.report()}; written to {arguments.out}")
 
 
 if __name__ == "__main__":

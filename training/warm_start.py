@@ -8,8 +8,9 @@ The transformer of such a file may be a student of guidance distillation: its gu
 something. The flow stage holds that input at 1, where distillation has it at its weakest; the
 network is soon an ordinary one again at 1, and what it does elsewhere is distilled anew later.
 
-With other text encoders a transformer would have to learn to listen anew: then it starts from
-nothing, and the VAE alone is taken over.
+With other text encoders a transformer would have to learn to listen anew: it starts from nothing,
+and the VAE alone is taken over. Unless those encoders were trained to be understood by it and bring
+its text layers along (`training.train_text --listener`): then it goes on with these in place.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from flux_nf4.formats.checkpoint import open_checkpoint
 from flux_nf4.nf4.codec import NF4Weight
 from flux_nf4.nf4.reference import dequantize
-from training.checkpoint import Journal, Progress, load_tensors, save_tensors
+from training.checkpoint import Journal, Progress, load_tensors, part_of, save_tensors
 from training.stage import weights_path
 
 if TYPE_CHECKING:
@@ -64,11 +65,13 @@ def warm_start(file: Path, state: Path, *, text: Path | None = None) -> bool:
     checkpoint.require_complete()
     parts = {name: tensors_of(checkpoint.components[kind]) for kind, name in PARTS.items()}
     if text is not None:
-        encoders = load_tensors(text)
-        parts = {"autoencoder": parts["autoencoder"]} | {
-            name: {n.removeprefix(f"{name}."): t for n, t in encoders.items() if n.startswith(name)}
-            for name in ("t5", "clip")
-        }
+        tensors = load_tensors(text)
+        parts |= {name: part_of(tensors, name) for name in ("t5", "clip")}
+        ears = part_of(tensors, "transformer")
+        if ears:
+            parts["flow"] |= ears
+        else:
+            del parts["flow"]
     for name, tensors in parts.items():
         save_tensors(weights_path(state, name), tensors)
     autoencoder = Journal.open(state / "autoencoder.json", "autoencoder")

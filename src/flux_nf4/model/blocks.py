@@ -68,14 +68,13 @@ class StreamAttention(nn.Module):
 
     def project(self, x_BSH: Tensor, rope_2SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, H) -> q, k, v of (B, N, S, D), q and k normed and rotated."""
-        q, k, v = split_heads(self.qkv(x_BSH), self.num_heads)
+        q, k, v = (split_heads(x, self.num_heads) for x in self.qkv(x_BSH).chunk(3, dim=-1))
         return *self.norm(q, k, rope_2SF), v
 
 
-def split_heads(qkv_BSX: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, S, 3 * H) -> three of (B, N, S, D)."""
-    q, k, v = qkv_BSX.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+def split_heads(x_BSH: Tensor, num_heads: int) -> Tensor:
+    """(B, S, H) -> (B, N, S, D)."""
+    return x_BSH.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def attend(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
@@ -148,7 +147,7 @@ class SingleStreamBlock(nn.Module):
         shift_BH, scale_BH, gate_BH = modulation_B3H.chunk(3, dim=-1)
         projected = self.linear1(modulate(x_BSH, shift_BH, scale_BH))
         qkv, inner = projected.split(self.widths, dim=-1)
-        q, k, v = split_heads(qkv, self.num_heads)
+        q, k, v = (split_heads(x, self.num_heads) for x in qkv.chunk(3, dim=-1))
         q, k = self.norm(q, k, rope_2SF)
         joined = torch.cat((attend(q, k, v), F.gelu(inner, approximate="tanh")), dim=-1)
         return x_BSH + gate_BH[:, None] * self.linear2(joined)

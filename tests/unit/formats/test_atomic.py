@@ -127,8 +127,10 @@ def test_a_link_stays_a_link(tmp_path):
 
 def test_ctrl_c_in_another_process_leaves_nothing_behind(tmp_path):
     program = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
         "from flux_nf4.formats.atomic import atomic_file\n"
+        # A shell starts what it puts in the background with SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with atomic_file(sys.argv[1]) as file:\n"
         "    file.write(b'half'); file.flush(); print('ready', flush=True); time.sleep(60)\n"
     )

@@ -18,6 +18,7 @@ from training.warm_start import warm_start
 
 LONG = 1e6
 CPU = torch.device("cpu")
+HEARS = "transformer.txt_in.weight"
 WEIGHTS = ("autoencoder", "flow", "t5", "clip", "distil", "aware")
 
 
@@ -208,6 +209,22 @@ def test_with_other_text_encoders_the_transformer_starts_anew(
     weights = tmp_path / "state" / "weights"
     assert {path.stem for path in weights.iterdir()} == {"autoencoder", "t5", "clip"}
     assert torch.equal(load_tensors(weights / "t5.safetensors")["shared.weight"], torch.ones(2, 2))
+
+
+def test_a_transformer_goes_on_with_encoders_that_it_understands(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = packages(trained, tmp_path, monkeypatch)
+    text = tmp_path / "text.safetensors"
+    ears = torch.full((64, 64), 0.5)
+    save_tensors(text, {"t5.a": torch.ones(2), "clip.a": torch.zeros(1), HEARS: ears})
+    warm_start(file, tmp_path / "state", text=text)
+    before = load_tensors(trained / "state" / "weights" / "distil.safetensors")
+    after = load_tensors(tmp_path / "state" / "weights" / "flow.safetensors")
+    own = HEARS.removeprefix("transformer.")
+    assert after.keys() == before.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [own]
+    assert torch.equal(after[own], ears)
 
 
 def test_a_quantised_model_can_be_begun_from(

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from training import train_text
+from training.checkpoint import save_tensors
 from training.dataset import draw_part
-from training.networks import Sizes, T5Encoder, neighbour_biases, start_t5
+from training.listener import Listener
+from training.networks import ClipText, Sizes, T5Encoder, neighbour_biases, start_t5
+from training.package_demo import SHIPPED
 from training.rounding import to_e4m3
 from training.train_text import Lesson, cells_of
+
+SHIPPED_SIZES = Sizes(t5_vocabulary=1536, clip_vocabulary=2085)
 
 
 def test_a_sprite_covers_the_cells_whose_centres_it_covers() -> None:
@@ -64,3 +69,46 @@ def test_unseen_captions_are_not_trained_on(scenes: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(train_text, "NUM_HELD_OUT", 8)
     lesson = Lesson(scenes)
     assert lesson.num_seen <= int(lesson.unseen.min())
+
+
+@pytest.fixture(scope="module")
+def listener() -> Listener:
+    return Listener(SHIPPED, SHIPPED_SIZES)
+
+
+def test_a_listener_misses_nothing_of_its_own_encoders(listener: Listener) -> None:
+    ids = torch.randint(3, 1000, (2, 4, 32))
+    encoded = (listener.t5(ids[0]), listener.clip(ids[1]))
+    assert [error.item() for error in listener.missed((ids[0], ids[1]), encoded)] == pytest.approx(
+        [0.0, 0.0], abs=1e-9
+    )
+
+
+def test_a_listener_misses_what_other_encoders_say(listener: Listener) -> None:
+    ids = torch.randint(3, 1000, (2, 4, 32))
+    encoded = (T5Encoder(SHIPPED_SIZES)(ids[0]), ClipText(SHIPPED_SIZES)(ids[1]))
+    assert all(error.item() > 0.3 for error in listener.missed((ids[0], ids[1]), encoded))
+
+
+def test_encoders_learn_to_be_understood(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_text, "NUM_HELD_OUT", 8)
+    monkeypatch.setattr(train_text, "BATCH_SIZE", 8)
+    ticks = itertools.count()
+    monkeypatch.setattr(train_text, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    torch.manual_seed(0)
+    lesson = Lesson(scenes, listener=SHIPPED)
+    before = missed(lesson)
+    train_text.train(lesson, 40.0, print)
+    assert all(after < 0.7 * was for after, was in zip(missed(lesson), before, strict=True))
+    # What is written goes on from where it was written.
+    save_tensors(tmp_path / "text.safetensors", lesson.tensors())
+    again = Lesson(scenes, init=tmp_path / "text.safetensors", listener=SHIPPED)
+    assert missed(again) == pytest.approx(missed(lesson), abs=0.02)
+
+
+def missed(lesson: Lesson) -> list[float]:
+    with torch.no_grad():
+        encoded = lesson.encode(lesson.unseen)
+        return [error.item() for error in lesson.missed(lesson.unseen, encoded)]
