@@ -151,10 +151,20 @@ class ClusterEngine(Engine):
         self._workers.extend(self._slots)
 
     async def _connect(self) -> None:
-        replicas = await self._deploy()
-        capabilities, load_error = await replicas.describe.remote()
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        replicas, capabilities = None, {}
+        try:
+            replicas = await self._deploy()
+            capabilities, load_error = await replicas.describe.remote()
+        except (RayError, RayServeException, RuntimeError, OSError) as error:
+            _log.exception("no replica can be started")
+            message = f"no replica can be started: {type(error).__name__}"
+            load_error = {"message": message, "hint": "the log of the server says more"}
         for slot in self._slots:
             slot.replicas, slot.load_error = replicas, load_error
+            slot.reason = "the model cannot be loaded" if load_error else None
             slot.state = "failed" if load_error else "idle"
         if load_error is None:
             self.worker_ready(capabilities)

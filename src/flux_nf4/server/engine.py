@@ -11,6 +11,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from flux_nf4.server.failures import FAULTS
 from flux_nf4.server.frames import error_from
 from flux_nf4.server.jobs import (
     Api,
@@ -19,6 +20,7 @@ from flux_nf4.server.jobs import (
     Job,
     JobError,
     JobSpec,
+    NotReadyError,
     QueueFullError,
 )
 from flux_nf4.server.journal import Journal
@@ -26,11 +28,11 @@ from flux_nf4.server.known_jobs import KnownJobs
 from flux_nf4.server.pace import Pace
 from flux_nf4.server.queue import FairQueue
 from flux_nf4.server.running import (
+    ERROR_OF_FAULT,
     CancelCause,
     Running,
     error_of_cancel,
     error_of_loss,
-    fields_of_fault,
 )
 from flux_nf4.server.status import Capabilities, EngineSettings, EngineStatus, WorkerStatus
 from flux_nf4.server.supervisor import WORKER_COMMAND, Supervisor
@@ -62,7 +64,7 @@ class Engine:
         image           width, height
         job_cancelled   cause
         job_finished    api, state, duration_s (from its acceptance), code (or None)
-        rejected        reason                   `queue_full`, `draining`, `rate_limit`
+        rejected        reason        `queue_full`, `draining`, `not_ready`, `rate_limit`
         out_of_memory   stage, action            `failed`, or `shrunk`: to a smaller plan
         worker_restarted  device, reason
         replayed        reason                   `worker_lost` or `restart`
@@ -142,6 +144,7 @@ class Engine:
 
         Raises:
             DrainingError: the server is about to stop.
+            NotReadyError: all workers die over and over; nobody knows when one will not.
             QueueFullError: too many jobs wait already, the owner's own among them.
             DiskError: the journal could not be written.
         """
@@ -151,6 +154,9 @@ class Engine:
                 "the server is shutting down and takes nothing new",
                 hint="try again when it is back",
             )
+        if self._workers and all(worker.state == "failed" for worker in self._workers):
+            self._observe("rejected", reason="not_ready")
+            raise NotReadyError(self._reason() or "")
         if self._queue.is_full(owner, self.settings.max_queue):
             self._observe("rejected", reason="queue_full")
             raise QueueFullError(
@@ -312,17 +318,16 @@ class Engine:
         job = running.job
         try:
             last = await running.tell()
-        except (LookupError, TypeError, ValueError, OSError) as error:
+            error = JobError(**last["error"]) if last["kind"] == "failed" else None
+        except FAULTS:
             # A frame without its fields, or an image that cannot be encoded: a fault of ours.
             _log.exception("job %s", job.id)
-            last = {"kind": "failed", "error": fields_of_fault(error)}
+            last, error = {"kind": "failed"}, ERROR_OF_FAULT
             self._stop_drawing(job.id)
         del self._running[job.id]
         match last["kind"]:
-            case "done":
-                self._finish(job, "done", None)
-            case "failed":
-                self._finish(job, "failed", JobError(**last["error"]))
+            case "done" | "failed" as state:
+                self._finish(job, state, error)
             case _ if running.cause is not None:
                 self._finish_cancelled(job, running.cause)
             case _ if job.num_attempts < _MAX_ATTEMPTS:

@@ -36,7 +36,8 @@ def describe(error: BaseException) -> dict[str, Any]:
         hint = getattr(error, "hint", None) or _OUT_OF_MEMORY_HINT
         return _failure(f"out of memory: {first_line}", hint, "out_of_memory", 503)
     if not isinstance(error, FluxNF4Error):
-        message = f"drawing failed: {type(error).__name__}: {error}"
+        # Not in its own words, which may name files: they are in the log.
+        message = f"drawing failed: {type(error).__name__}"
         return _failure(message, "see the log of the server", "internal_error", 500)
     code, status = "internal_error", 500
     if isinstance(error, InputError | FormatError):

@@ -75,21 +75,32 @@ class Gate:
                     own.setdefault(name, value)
             await send(message)
 
+        is_read = False
+
+        async def receive_part() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = not message.get("more_body", False)
+            return message
+
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["owner"] = security.LOCAL_OWNER
         try:
             answer = self._check(scope, headers)
-            body = b"" if answer else await self._read_body(scope["path"], receive)
+            body = b"" if answer else await self._read_body(scope["path"], receive_part)
         except ApiError as error:
             answer, body = error.response(scope["path"]), b""
-            if "expect" in headers or not await self._discard(receive):
+            if not is_read and ("expect" in headers or not await self._discard(receive)):
                 # What is left of the body is not read, so the connection cannot be used again.
                 answer.headers["connection"] = "close"
         if answer is not None:
             await answer(scope, receive, send_with_headers)
         elif body is not None:
-            await self._app(scope, _replay(body, receive), send_with_headers)
+            try:
+                await self._app(scope, _replay(body, receive), send_with_headers)
+            finally:
+                self._num_buffered_bytes -= len(body)
 
     def _check(self, scope: Scope, headers: Headers) -> Response | None:
         """The answer to a preflight, None for a request that may pass.
@@ -100,10 +111,7 @@ class Gate:
         settings, method, path = self._settings, scope["method"], scope["path"]
         security.check_host(settings, headers.get("host", ""))
         if method == "OPTIONS":
-            is_allowed = bool(security.cors_headers(settings, headers))
-            return Response(
-                status_code=204, headers=security.PREFLIGHT_HEADERS if is_allowed else {}
-            )
+            return Response(status_code=204, headers=security.preflight_headers(settings, headers))
         security.check_origin(settings, method, headers)
         scope["state"]["owner"] = self._keys.owner(path, headers)
         length = headers.get("content-length", "0")
@@ -118,12 +126,12 @@ class Gate:
         return settings.max_upload_bytes if path in _UPLOAD_PATHS else settings.max_json_bytes
 
     async def _read_body(self, path: str, receive: Receive) -> bytes | None:
-        """The whole body; None when the client left while it came.
+        """The whole body, which counts until it is given back; None when the client left.
 
         Raises:
             ApiError: 408, 413 or 503: it is too slow, too large, or one of too many.
         """
-        body, limit, num_marks = bytearray(), self._limit(path), 0
+        body, limit, num_marks, is_whole = bytearray(), self._limit(path), 0, False
         timeout_s = self._settings.body_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -148,6 +156,7 @@ class Gate:
                             503, "too many uploads at once", code="busy", headers=retry_after(2)
                         )
                     if not message.get("more_body", False):
+                        is_whole = True
                         return bytes(body)
         except TimeoutError as error:
             raise ApiError(
@@ -157,7 +166,8 @@ class Gate:
                 headers={"x-should-retry": "false"},
             ) from error
         finally:
-            self._num_buffered_bytes -= len(body)
+            if not is_whole:
+                self._num_buffered_bytes -= len(body)
 
     async def _discard(self, receive: Receive) -> bool:
         """Read what is left of a refused body, for a moment; whether that was all.

@@ -28,10 +28,9 @@ _PREVIEW_QUALITY = 75
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadedImage:
-    """An image that can be decoded: the bytes as they came, and its size in pixels."""
+    """An image that can be decoded: the bytes as they came, and its size in pixels, upright."""
 
     data: bytes
-    format: Literal["PNG", "JPEG", "WEBP"]
     width: int
     height: int
 
@@ -53,10 +52,10 @@ def check_upload(data: bytes, *, max_pixels: int) -> UploadedImage:
                 hint="make it smaller before you send it",
             )
         # To its end, so that no damage shows up later.
-        decode_image(data, "the image")
+        image = decode_image(data, "the image")
     except FormatError as error:
         raise InputError(error.message, hint="send a PNG, JPEG or WebP file") from error
-    return UploadedImage(data=data, format=header.format, width=header.width, height=header.height)
+    return UploadedImage(data=data, width=image.width, height=image.height)
 
 
 def encode_png(rgb: bytes, width: int, height: int, settings: ImageSettings) -> bytes:

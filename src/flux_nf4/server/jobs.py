@@ -13,6 +13,7 @@ import time
 import uuid
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from sys import getsizeof
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from flux_nf4.errors import FluxNF4Error, FormatError, InputError
@@ -240,9 +241,10 @@ class Job:
 
     @property
     def size_bytes(self) -> int:
-        """What it keeps in memory, but for its texts."""
-        uploads = len(self.spec.image or b"") + len(self.spec.mask_image or b"")
-        return uploads + sum(len(image.png) for image in self.images)
+        """What it keeps in memory, more or less."""
+        spec = self.spec
+        asked = (spec.prompt, spec.negative_prompt, spec.image, spec.mask_image)
+        return sum(map(getsizeof, asked)) + sum(len(image.png) for image in self.images)
 
     async def events(self, after: int = 0) -> AsyncIterator[JobEvent]:
         """The events numbered above `after`, those to come included, until the job is finished.

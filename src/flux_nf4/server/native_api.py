@@ -55,8 +55,7 @@ def router(context: Context) -> APIRouter:
     ) -> Response:
         """Your jobs, newest first."""
         own = context.engine.jobs(owner=owner_of(request))
-        newest = sorted(own, key=lambda job: job.created_at, reverse=True)[:limit]
-        data = [job_as_json(context, job) for job in newest]
+        data = [job_as_json(context, job) for job in own[::-1][:limit]]
         return Json({"object": "list", "data": data})
 
     @routes.get("/v1/jobs/{job_id}")
@@ -109,7 +108,7 @@ async def _spec(context: Context, body: JobRequest) -> JobSpec:
     given = {name: value for name, value in body.model_dump().items() if value is not None}
     for name in ("image", "mask_image"):
         if name in given:
-            given[name] = await decode_upload(context, name, given[name])
+            given[name] = (await decode_upload(context, name, given[name])).data
     defaults = {
         "width": model.default_width,
         "height": model.default_height,

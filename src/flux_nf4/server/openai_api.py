@@ -271,7 +271,7 @@ def _spec(context: Context, body: ImageRequest, upload: Upload | None) -> JobSpe
             seed=random_seed() if body.seed in (None, -1) else body.seed,
             num_images=body.n or 1,
             num_previews=(body.partial_images or 0) if body.stream else 0,
-            image=None if upload is None else upload.image,
+            image=None if upload is None else upload.image.data,
             mask_image=None if upload is None else upload.mask_image,
             **values,
         )
@@ -300,7 +300,8 @@ def _size(context: Context, body: ImageRequest, upload: Upload | None) -> tuple[
     if body.size in (None, "auto"):
         if upload is not None:
             area = default[0] * default[1]
-            default = nearest_size(upload.width, upload.height, max_pixels=area, fill=True)
+            image = upload.image
+            default = nearest_size(image.width, image.height, max_pixels=area, fill=True)
         width, height = default
         return (
             width if body.width is None else body.width,

@@ -13,6 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from flux_nf4.errors import InputError
+from flux_nf4.pipeline.image_file import decode_image
 from flux_nf4.server.pictures import check_upload
 from flux_nf4.server.problems import ApiError, from_validation
 from flux_nf4.server.schemas import EditRequest
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from flux_nf4.server.context import Context
+    from flux_nf4.server.images import UploadedImage
 
 _MAX_FILES, _MAX_FIELDS, _MAX_FIELD_BYTES = 20, 64, 200_000
 _PIECE_BYTES = 2**16
@@ -45,11 +47,9 @@ EDIT_BODY = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
-    """An image to start from, its size in pixels, and our kind of mask: white is drawn anew."""
+    """An image to start from, and our kind of mask: white is drawn anew."""
 
-    image: bytes
-    width: int
-    height: int
+    image: UploadedImage
     mask_image: bytes | None
 
 
@@ -81,8 +81,7 @@ async def read_edit(context: Context, request: Request) -> tuple[EditRequest, Up
         mask = await asyncio.to_thread(
             _white_where_transparent, masks[0], image.width, image.height
         )
-    upload = Upload(image=image.data, width=image.width, height=image.height, mask_image=mask)
-    return body, upload
+    return body, Upload(image=image, mask_image=mask)
 
 
 async def _read_form(
@@ -129,9 +128,9 @@ def _white_where_transparent(data: bytes, width: int, height: int) -> bytes:
     Raises:
         InputError: nothing of it is transparent, or it is not as large as the image.
     """
-    from PIL import Image, ImageChops
+    from PIL import ImageChops
 
-    mask = Image.open(io.BytesIO(data))
+    mask = decode_image(data, "the mask")
     if mask.size != (width, height):
         raise InputError(
             f"`mask` is {mask.width} x {mask.height} pixels and `image` {width} x {height}",

@@ -58,7 +58,7 @@ def _decode(text: str) -> bytes:
     return b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
 
 
-async def decode_upload(context: Context, name: str, text: str) -> bytes:
+async def decode_upload(context: Context, name: str, text: str) -> images.UploadedImage:
     """An image sent as base64, with or without `data:...,` before it, checked.
 
     Raises:
@@ -69,4 +69,4 @@ async def decode_upload(context: Context, name: str, text: str) -> bytes:
         data = await asyncio.to_thread(_decode, encoded)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"`{name}` is not base64") from error
-    return (await check_upload(context, name, data)).data
+    return await check_upload(context, name, data)

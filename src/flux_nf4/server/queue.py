@@ -72,15 +72,12 @@ class FairQueue:
                 return job
         return None
 
-    def remove(self, job: Job) -> bool:
-        """Take a job out; whether it was there."""
+    def remove(self, job: Job) -> None:
+        """Take out a job that waits."""
         if job in self._again:
             self._again.remove(job)
-            return True
-        jobs = self._by_owner.get(job.owner)
-        if jobs is None or job not in jobs:
-            return False
+            return
+        jobs = self._by_owner[job.owner]
         jobs.remove(job)
         if not jobs:
             del self._by_owner[job.owner]
-        return True

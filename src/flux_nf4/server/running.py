@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 CancelCause: TypeAlias = Literal["client", "disconnect", "timeout", "shutdown"]
 
+ERROR_OF_FAULT = JobError(
+    message="its image could not be made",
+    hint="see the log of the server",
+    code="internal_error",
+    status=500,
+)
+
 
 class Running:
     """One attempt at a job. `is_drawing` until its worker is free again."""
@@ -167,9 +174,3 @@ def error_of_loss(reason: str) -> JobError:
         code="worker_lost",
         status=500,
     )
-
-
-def fields_of_fault(error: Exception) -> dict[str, Any]:
-    """What a client is told where a worker's frames cannot be made into images."""
-    message = f"its image could not be made: {error}"
-    return {"message": message, "hint": None, "code": "internal_error", "status": 500}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 
+from flux_nf4.pipeline.image_file import decode_image, to_eight_bits
 from flux_nf4.server.context import Context, owner_of
 from flux_nf4.server.pictures import decode_upload
 from flux_nf4.server.problems import ApiError, Json
@@ -72,8 +73,8 @@ def _add_drawing(routes: APIRouter, context: Context, options: Options, callers:
     @routes.post("/png-info")
     async def png_info(body: PngInfo) -> Response:
         """The settings that an image carries, its own and other tools'."""
-        data = await decode_upload(context, "image", body.image)
-        return Json(await asyncio.to_thread(image_info, data))
+        image = await decode_upload(context, "image", body.image)
+        return Json(await asyncio.to_thread(image_info, image.data))
 
 
 async def _draw(
@@ -100,7 +101,7 @@ async def _draw(
     return Json(told | {"parameters": shown})
 
 
-async def _read_images(context: Context, body: ImageToImage) -> dict[str, bytes | None]:
+async def _read_images(context: Context, body: ImageToImage) -> dict[str, Any]:
     if not body.init_images:
         raise ApiError(
             400,
@@ -109,7 +110,7 @@ async def _read_images(context: Context, body: ImageToImage) -> dict[str, bytes 
             param="init_images",
         )
     image = await decode_upload(context, "init_images", body.init_images[0])
-    mask = await decode_upload(context, "mask", body.mask) if body.mask else None
+    mask = (await decode_upload(context, "mask", body.mask)).data if body.mask else None
     if mask is not None and body.inpainting_mask_invert:
         mask = await asyncio.to_thread(_inverted, mask)
     return {"image": image, "mask_image": mask}
@@ -200,9 +201,8 @@ async def _finish(context: Context, job: Job, request: Request) -> None:
 
 
 def _inverted(mask: bytes) -> bytes:
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     file = io.BytesIO()
-    with Image.open(io.BytesIO(mask)) as image:
-        ImageOps.invert(image.convert("L")).save(file, "PNG")
+    ImageOps.invert(to_eight_bits(decode_image(mask, "the mask")).convert("L")).save(file, "PNG")
     return file.getvalue()

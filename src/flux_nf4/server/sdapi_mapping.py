@@ -6,13 +6,11 @@ left out, and every such case is told in `info.warnings`; nothing is refused tha
 
 from __future__ import annotations
 
-import io
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flux_nf4.errors import InputError
-from flux_nf4.pipeline.image_header import read_header
 from flux_nf4.pipeline.limits import MAX_SIZE, MIN_SIZE, PIXELS_PER_TOKEN
 from flux_nf4.server.context import random_seed
 from flux_nf4.server.jobs import JobSpec
@@ -21,6 +19,7 @@ from flux_nf4.server.sdapi_schemas import ImageToImage, TextToImage
 from flux_nf4.server.settings import MAX_IMAGES_PER_REQUEST
 
 if TYPE_CHECKING:
+    from flux_nf4.server.images import UploadedImage
     from flux_nf4.server.settings import SdapiCfg
     from flux_nf4.server.status import Capabilities
 
@@ -58,7 +57,7 @@ def to_wish(
     model: Capabilities,
     cfg: SdapiCfg,
     *,
-    image: bytes | None = None,
+    image: UploadedImage | None = None,
     mask_image: bytes | None = None,
 ) -> Wish:
     """What a request means for this model; the images are those of `body`, checked.
@@ -86,11 +85,11 @@ def to_wish(
         "schedule": schedule,
         "num_previews": NUM_PREVIEWS,
     }
-    if isinstance(body, ImageToImage):
+    if isinstance(body, ImageToImage) and image is not None:
         strength = body.denoising_strength
         values["strength"] = _DEFAULT_STRENGTH if strength is None else strength
-        values |= {"image": image, "mask_image": mask_image}
-        _tell_of_images(body, values, warnings)
+        values |= {"image": image.data, "mask_image": mask_image}
+        _tell_of_images(body, image, values, warnings)
     if body.negative_prompt and true_cfg <= 1:
         warnings.append("`negative_prompt` has no effect without true CFG (`cfg_scale` above 1)")
     try:
@@ -182,11 +181,12 @@ def _num_images(body: TextToImage, warnings: list[str]) -> int:
     return min(wanted, MAX_IMAGES_PER_REQUEST)
 
 
-def _tell_of_images(body: ImageToImage, values: dict[str, Any], warnings: list[str]) -> None:
+def _tell_of_images(
+    body: ImageToImage, image: UploadedImage, values: dict[str, Any], warnings: list[str]
+) -> None:
     if len(body.init_images or ()) > 1:
         warnings.append("`init_images`: only the first is used")
-    header = read_header(io.BytesIO(values["image"]), "the image")
-    has_other_shape = header.width * values["height"] != header.height * values["width"]
+    has_other_shape = image.width * values["height"] != image.height * values["width"]
     if has_other_shape and body.resize_mode != 1:
         warnings.append("`resize_mode`: the image is scaled to cover the size, and cropped")
     if body.mask:

@@ -155,14 +155,21 @@ def cors_headers(settings: ServeSettings, headers: Mapping[str, str]) -> dict[st
         return {}
     return {
         "access-control-allow-origin": origin,
-        "access-control-expose-headers": "x-request-id, retry-after",
+        "access-control-expose-headers": "x-request-id, retry-after, x-should-retry",
         "cross-origin-resource-policy": "cross-origin",
         "vary": "Origin",
     }
 
 
-PREFLIGHT_HEADERS = {
-    "access-control-allow-methods": "GET, POST, PUT, DELETE",
-    "access-control-allow-headers": "authorization, content-type, last-event-id, x-request-id",
-    "access-control-max-age": "600",
-}
+def preflight_headers(settings: ServeSettings, headers: Mapping[str, str]) -> dict[str, str]:
+    """What lets a page of an origin on the list ask at all; empty for all others.
+
+    Every header that it asks for: OpenAI's client has a dozen of its own.
+    """
+    if not cors_headers(settings, headers):
+        return {}
+    return {
+        "access-control-allow-methods": "GET, POST, PUT, DELETE",
+        "access-control-allow-headers": headers.get("access-control-request-headers", ""),
+        "access-control-max-age": "600",
+    }

@@ -47,7 +47,7 @@ class ServeSettings:
     queue_timeout_s: float | None = None
     max_json_bytes: int = 1_000_000
     max_upload_bytes: int = 25_000_000
-    max_buffered_bytes: int = 250_000_000  # of all requests whose bodies are being read
+    max_buffered_bytes: int = 250_000_000  # of all requests that are not answered yet
     max_connections: int = 1000
     header_timeout_s: float = 10.0
     body_timeout_s: float = 60.0

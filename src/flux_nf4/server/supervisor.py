@@ -80,7 +80,6 @@ class Supervisor:
         self._kill_reason: str | None = None
         self._is_cancelling = False
         self._has_drawn = self._was_useful = self._was_killed = False
-        self._last_words: deque[str] = deque(maxlen=1)
         self._planned: deque[asyncio.Future[dict[str, Any]]] = deque()
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -198,20 +197,23 @@ class Supervisor:
         if self.state != "failed":
             self.state = "starting"
         self._kill_reason = None
-        self._shared = make_shared_memory()
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                pass_fds=(self._shared,),
-                start_new_session=True,
-            )
-        except OSError as error:
-            os.close(self._shared)
-            return f"it could not be started: {error.strerror or error}"
-        self._process = process
+        with contextlib.ExitStack() as stack:
+            try:
+                self._shared = make_shared_memory()
+                stack.callback(os.close, self._shared)
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    pass_fds=(self._shared,),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                return f"it could not be started: {error.strerror or error}"
+            return await self._follow(self._process)
+
+    async def _follow(self, process: asyncio.subprocess.Process) -> str:
         assert process.stdout is not None
         assert process.stderr is not None
         errors = asyncio.create_task(self._read_errors(process.stderr))
@@ -227,7 +229,6 @@ class Supervisor:
             await asyncio.wait([errors], timeout=_LAST_WORDS_TIMEOUT_S)
             errors.cancel()
             self._process = None
-            os.close(self._shared)
 
     async def _hear(self, stream: asyncio.StreamReader) -> str:
         self._watch(self._settings.load_timeout_s, "it was not ready in time")
@@ -257,12 +258,13 @@ class Supervisor:
         if self._kill_reason is not None:
             return self._kill_reason
         self._was_killed = code == -signal.SIGKILL
+        # Strangers may hear of it: what it said of files and the like is for the log alone.
         if self.load_error is not None:
-            return str(self.load_error["message"])
-        last = f": {self._last_words[0]}" if self._last_words else ""
+            _log.error("the worker on %s: %s", self.device, self.load_error["message"])
+            return "the model cannot be loaded"
         if code < 0:
-            return f"it was ended by {signal.Signals(-code).name}{last}"
-        return f"it exited with code {code}{last}"
+            return f"it was ended by {signal.Signals(-code).name}"
+        return f"it exited with code {code}"
 
     def _handle(self, frame: dict[str, Any]) -> None:
         kind = frame["kind"]
@@ -334,6 +336,8 @@ class Supervisor:
 
     def _kill(self, reason: str | None = None) -> None:
         self._kill_reason = self._kill_reason or reason
+        if self.state == "idle":
+            self.state = "restarting"  # its end takes a while: nobody gives it a job meanwhile
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -345,7 +349,6 @@ class Supervisor:
             for line in lines:
                 text = line.decode(errors="replace").rstrip()
                 if text:
-                    self._last_words.append(text[:500])
                     _log.info("worker on %s: %s", self.device, text)
 
 

@@ -11,7 +11,7 @@ from flux_nf4.cluster import engine as cluster_engine
 from flux_nf4.cluster import replica as replica_module
 from flux_nf4.cluster.engine import ClusterEngine
 from flux_nf4.cluster.replica import Replica
-from flux_nf4.errors import ModelNotFoundError
+from flux_nf4.errors import FluxNF4Error, ModelNotFoundError
 from flux_nf4.server.engine import EngineSettings
 from flux_nf4.server.supervisor import Supervisor
 
@@ -236,5 +236,20 @@ def test_who_waits_for_a_model_that_is_missing_hears_so(ray, monkeypatch):
         async with cluster(ray, monkeypatch, start="unloadable") as (engine, _):
             with pytest.raises(ModelNotFoundError):
                 await engine.wait_ready()
+
+    asyncio.run(claim())
+
+
+def test_who_waits_for_replicas_that_cannot_be_started_hears_so(ray):
+    async def deploy():
+        raise ray.RayError("the controller has died")
+
+    async def claim():
+        engine = ClusterEngine(EngineSettings(device="cpu"), num_slots=2, deploy=deploy)
+        await engine.start()
+        with pytest.raises(FluxNF4Error, match="no replica can be started: RayError"):
+            await engine.wait_ready()
+        assert engine.status().reason == "the worker was lost: the model cannot be loaded"
+        await engine.stop()
 
     asyncio.run(claim())

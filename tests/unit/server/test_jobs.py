@@ -217,3 +217,8 @@ def test_the_last_event_of_a_failure_holds_the_error():
     job.finish("failed", JobError(message="no memory", code="out_of_memory", status=503))
 
     assert collect(job)[-1].data["error"]["code"] == "out_of_memory"
+
+
+def test_what_a_job_keeps_counts_its_texts_as_well():
+    grown = make_job(prompt="a" * 1000, negative_prompt="猫" * 1000).size_bytes
+    assert grown - make_job(prompt="a").size_bytes > 2900

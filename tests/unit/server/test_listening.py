@@ -39,6 +39,15 @@ def read_to_end(connection):
 # ---- connections that misbehave -----------------------------------------------------------------
 
 
+def test_a_refused_body_that_came_whole_is_answered_at_once_and_costs_no_connection():
+    with live_server() as server, httpx2.Client(base_url=server.url) as client:
+        body = b'{"prompt": [' + b"," * 11_000 + b"]}"
+        answer = client.post("/v1/jobs", content=body, headers={"content-type": "application/json"})
+
+        assert answer.status_code == 413
+        assert "connection" not in answer.headers
+
+
 @pytest.mark.parametrize("start", [b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: local"])
 def test_headers_that_do_not_come_to_an_end_are_cut_off(start):
     with live_server(header_timeout_s=0.2) as server, connect(server) as connection:

@@ -533,6 +533,18 @@ def test_an_edit_takes_the_shape_of_its_image():
     assert (spec.width, spec.height) == (96, 64)
 
 
+def test_an_edit_takes_the_shape_of_its_image_as_one_sees_it():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees: a photograph of a telephone held upright
+    file = io.BytesIO()
+    Image.new("RGB", (400, 200)).save(file, "JPEG", exif=exif)
+    spec = edited_spec(
+        {"image": file.getvalue(), "mask": image_file(200, 400, mode="RGBA", colour=0)}
+    )
+
+    assert (spec.width, spec.height) == (64, 96)
+
+
 def test_an_edit_may_have_another_size():
     spec = edited_spec({"image": image_file(400, 200)}, size="128x128")
 

@@ -18,7 +18,7 @@ from flux_nf4.server.settings import ServeSettings
 def decoded(text):
     async def run():
         context = Context(settings=ServeSettings(), engine=FakeEngine())
-        return await decode_upload(context, "image", text)
+        return (await decode_upload(context, "image", text)).data
 
     return asyncio.run(run())
 

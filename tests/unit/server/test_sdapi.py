@@ -276,6 +276,17 @@ def test_an_image_is_drawn_from_an_image(server, api):
     assert response.json()["parameters"].keys().isdisjoint({"init_images", "mask"})
 
 
+def test_an_image_on_its_side_is_as_wide_as_one_sees_it(api):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.new("RGB", (128, 64)).save(file, "JPEG", exif=exif)
+    body = {"init_images": [in_base64(file.getvalue())], "width": 64, "height": 128, "steps": 1}
+    info = json.loads(api.post("/img2img", json=body).json()["info"])
+
+    assert info["warnings"] == []
+
+
 def test_a_mask_can_be_turned_around(server, api):
     body = {
         "init_images": [in_base64(image_file())],

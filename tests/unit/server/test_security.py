@@ -237,6 +237,18 @@ def test_a_preflight_allows_only_origins_on_the_list(origin):
     assert ("access-control-allow-methods" in answer.headers) == (origin == "https://a.example")
 
 
+def test_a_page_on_the_list_may_send_what_its_client_sends():
+    wanted = "authorization, content-type, x-stainless-lang, x-stainless-retry-count"
+    answer = ask(
+        "OPTIONS",
+        "/v1/images/generations",
+        headers={"origin": "https://a.example", "access-control-request-headers": wanted},
+        settings={"cors_origins": ("https://a.example",)},
+    )
+
+    assert answer.headers["access-control-allow-headers"] == wanted
+
+
 @pytest.mark.parametrize("origin", ["*", "a.example", "https://a.example/path"])
 def test_an_origin_must_be_one(origin):
     with pytest.raises(InputError, match="cors-origin"):
@@ -319,6 +331,25 @@ def test_all_bodies_together_have_a_limit():
 
     assert answer.status_code == 503
     assert error_of(answer)["code"] == "busy"
+
+
+def test_a_body_counts_as_long_as_its_request_is_answered():
+    async def claim():
+        picture = base64.b64encode(image_file()).decode()
+        engine = FakeEngine()
+        engine.hold()
+        async with open_client(engine, max_buffered_bytes=1000) as client:
+            body = {"init_images": [picture], "steps": 1, "prompt": "x" * 500}
+            first = asyncio.create_task(client.post("/sdapi/v1/img2img", json=body))
+            while not engine.jobs(owner="local"):
+                await asyncio.sleep(0)
+            busy = await client.post("/v1/jobs", json={"prompt": "x" * 500})
+            engine.release()
+            assert (await first).status_code == 200
+            after = await client.post("/v1/jobs", json={"prompt": "x" * 500})
+        assert (busy.status_code, after.status_code) == (503, 202)
+
+    asyncio.run(claim())
 
 
 def test_a_body_that_does_not_arrive_in_time_is_cut_off():

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import signal
 
 import pytest
@@ -13,6 +14,7 @@ from engines import (
 )
 
 from flux_nf4.errors import ModelNotFoundError
+from flux_nf4.server.jobs import JobError, NotReadyError
 from flux_nf4.server.status import EngineSettings
 from flux_nf4.server.supervisor import Supervisor
 
@@ -33,7 +35,7 @@ def test_a_job_whose_worker_died_twice_fails_with_the_reason():
         async with serving() as engine:
             job = await finished(engine, "die")
             assert (job.state, job.error.code) == ("failed", "worker_lost")
-            assert "SIGKILL: out of luck" in job.error.message
+            assert job.error.message.endswith("it was ended by SIGKILL")
 
     asyncio.run(claim())
 
@@ -97,9 +99,9 @@ def test_workers_that_die_over_and_over_lose_no_job(tmp_path):
 @pytest.mark.parametrize(
     ("start", "reason"),
     [
-        ("exit", "exited with code 1: no such luck"),
+        ("exit", "exited with code 1"),
         ("garbage", "no message"),
-        ("unloadable", "no such model"),
+        ("unloadable", "the model cannot be loaded"),
     ],
 )
 def test_a_worker_that_cannot_start_is_told_of(start, reason):
@@ -109,6 +111,69 @@ def test_a_worker_that_cannot_start_is_told_of(start, reason):
             await heard(engine, "worker_restarted")
             assert reason in engine.status().reason
             assert not engine.status().is_ready
+
+    asyncio.run(claim())
+
+
+@pytest.mark.parametrize(
+    ("start", "words"), [("exit", "no such luck"), ("unloadable", "such model")]
+)
+def test_what_a_worker_said_last_is_for_the_log_alone(start, words, caplog):
+    async def claim():
+        async with serving(start) as engine:
+            with caplog.at_level("INFO", "flux_nf4"):
+                await heard(engine, "worker_restarted")
+            assert words not in engine.status().reason
+            assert words in caplog.text
+
+    asyncio.run(claim())
+
+
+def test_a_worker_that_cannot_be_started_for_want_of_files_is_tried_again(monkeypatch):
+    def refuse():
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def claim():
+        with monkeypatch.context() as patched:
+            patched.setattr("flux_nf4.server.supervisor.make_shared_memory", refuse)
+            async with serving() as engine:
+                facts = await heard(engine, "worker_restarted")
+                assert facts["reason"] == "it could not be started: Too many open files"
+                patched.undo()
+                assert (await finished(engine)).state == "done"
+
+    asyncio.run(claim())
+
+
+def test_a_worker_whose_end_is_awaited_is_given_no_job(monkeypatch):
+    async def claim():
+        async with serving() as engine:
+            await engine.wait_ready()
+            jobs = []
+            with monkeypatch.context() as patched:
+                kill = Supervisor._kill
+
+                def kill_and_submit(self, reason=None):
+                    kill(self, reason)
+                    jobs.append(submit(engine))
+
+                patched.setattr(Supervisor, "_kill", kill_and_submit)
+                kill_worker(engine)
+                await heard(engine, "worker_restarted")
+            for job in jobs:
+                await job.wait()
+            assert [(job.state, job.num_attempts) for job in jobs] == [("done", 1)] * len(jobs)
+
+    asyncio.run(claim())
+
+
+def test_where_all_workers_have_failed_nothing_more_is_accepted():
+    async def claim():
+        async with serving("exit") as engine:
+            for _ in range(3):
+                await heard(engine, "worker_restarted")
+            with pytest.raises(NotReadyError, match="the worker was lost: it exited with code 1"):
+                submit(engine)
 
     asyncio.run(claim())
 
@@ -160,9 +225,12 @@ def test_a_cpu_has_more_time_for_a_step(device, asked_s, timeout_s):
     assert supervisor._step_timeout_s == timeout_s
 
 
-def test_an_image_that_cannot_be_made_fails_its_job_alone(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError("no /home/me"), MemoryError(), RuntimeError("can't start new thread")]
+)
+def test_an_image_that_cannot_be_made_fails_its_job_alone(error, monkeypatch):
     def fail(*_):
-        raise OSError("encoder error -2")
+        raise error
 
     async def claim():
         async with serving() as engine:
@@ -170,6 +238,18 @@ def test_an_image_that_cannot_be_made_fails_its_job_alone(monkeypatch):
                 patched.setattr("flux_nf4.server.running.encode_png", fail)
                 job = await finished(engine, num_images=3)
             assert (job.state, job.error.code) == ("failed", "internal_error")
+            assert job.error.message == "its image could not be made"
             assert (await finished(engine)).state == "done"
+
+    asyncio.run(claim())
+
+
+def test_an_error_that_lacks_its_fields_is_an_error_all_the_same(monkeypatch):
+    async def claim():
+        async with serving() as engine:
+            with monkeypatch.context() as patched:
+                patched.setattr("flux_nf4.server.engine.JobError", lambda **_: JobError())
+                job = await finished(engine, "fail")
+            assert (job.state, job.error.code) == ("failed", "internal_error")
 
     asyncio.run(claim())
