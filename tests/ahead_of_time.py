@@ -6,10 +6,18 @@ from triton.compiler import ASTSource
 
 # Ampere (data centre, GeForce), Ada, Hopper, Blackwell (GeForce).
 CAPABILITIES = [80, 86, 89, 90, 120]
+TURING = 75  # has no bfloat16 of its own
 # Triton has e4m3 from Ada on.
 FP8_CAPABILITIES = [89, 90, 120]
 # Bytes of shared memory that one program may have.
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+SHARED_MEMORY = {
+    75: 64 * 1024,
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    120: 99 * 1024,
+}
 
 
 def compile_for(capability, kernel, signature, constants, **options):

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux_nf4.memory.device import PlainDevice
+from flux_nf4.memory.device import Device
 
 RUBBISH = 0xA7
 HOST_BYTES = 1024  # a tensor of fewer may be the host's: tokens, seeds; it is never refused
@@ -25,7 +25,7 @@ class Copy:
         self.target, self.source, self.is_done = target, source, False
 
 
-class FakeDevice(PlainDevice):
+class FakeDevice(Device):
     """`limit` in bytes; allocations numbered in `failing`, 0 the first, find no room."""
 
     def __init__(self, limit=None, *, failing=(), is_lazy=True):

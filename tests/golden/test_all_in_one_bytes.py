@@ -6,8 +6,9 @@ Nothing of 12 GB is made: the tensors live on the meta device, with FLUX.1-dev's
 import pytest
 import torch
 
-from flux_nf4.formats.allinone import plan_all_in_one, planned_bytes
+from flux_nf4.formats.allinone import plan_all_in_one
 from flux_nf4.formats.bnb import tensors_from_weight
+from flux_nf4.formats.header import encode_header, plan_header
 from flux_nf4.formats.keymap import clip_table, t5_table, transformer_table, vae_table
 from flux_nf4.nf4.codec import NestedAbsmax, NF4Weight
 
@@ -150,7 +151,8 @@ def plan():
 
 
 def test_the_plan_has_the_reference_files_length(plan):
-    assert planned_bytes(plan) == REFERENCE_BYTES
+    header = plan_header((name, source.dtype, source.shape) for name, source in plan.items())
+    assert len(encode_header(header)) + header.data_bytes == REFERENCE_BYTES
 
 
 def test_the_plan_has_the_reference_files_number_of_tensors(plan):

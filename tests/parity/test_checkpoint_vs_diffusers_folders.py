@@ -11,6 +11,7 @@ from checkpoints import (
 )
 from safetensors.torch import load_file
 
+from flux_nf4.formats.folder import read_part
 from flux_nf4.formats.keymap import transformer_table, vae_table
 from flux_nf4.nf4 import reference
 
@@ -60,6 +61,15 @@ def test_every_transformer_tensor_of_a_folder_is_read_right(models, entries):
     for name, names in table.items():
         expected = fused(name, [state[piece] for piece in names])
         assert torch.equal(entries["transformer"][name], expected), name
+
+
+@pytest.mark.parametrize(("kind", "shard"), [("transformer", 300_000), ("t5", 100_000)])
+def test_a_variant_in_shards_holds_the_same(models, entries, tmp_path, kind, shard):
+    models[kind].save_pretrained(tmp_path, variant="fp16", max_shard_size=shard)
+    assert len(list(tmp_path.glob("*.fp16-*-of-*.safetensors"))) > 1
+    found = read_part(kind, tmp_path).entries
+    assert found.keys() == entries[kind].keys()
+    assert all(torch.equal(found[name], entries[kind][name]) for name in found)
 
 
 @pytest.mark.parametrize("kind", ["t5", "vae"])

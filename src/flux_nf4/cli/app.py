@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 import shlex
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from flux_nf4.cli.verb import Verb
 
+_COMPLETION = "_FLUX_NF4_COMPLETE"  # set by the script of `--install-completion`: nothing runs
 VERBS: tuple[Verb, ...] = (
     generate.VERB,
     demo.VERB,
@@ -60,9 +62,9 @@ def parse(arguments: Sequence[str]) -> Callable[[], int]:
     Raises:
         InputError: no such command or option, or an option without its value.
     """
-    if not arguments:
+    if not arguments and not os.environ.get(_COMPLETION):
         return functools.partial(_print, top_help(VERBS), exit_code=InputError.exit_code)
-    if arguments[0] in {"-V", "--version"}:
+    if arguments and arguments[0] in {"-V", "--version"}:
         return functools.partial(_print, f"flux-nf4 {__version__}")
     import typer
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flux_nf4.cli.console import print_data, print_json, print_note, print_plain
 from flux_nf4.cli.generate import requested_size
 from flux_nf4.cli.options import option
+from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.progress import make_progress
 from flux_nf4.cli.settings import Settings
 from flux_nf4.cli.verb import Verb, debug_option, json_option
@@ -112,8 +113,6 @@ class BenchOptions:
 
 def run(options: BenchOptions) -> int:
     """Measure ourselves, then the peers, and print a line of JSON each, or one report."""
-    from flux_nf4.pipeline.limits import check_size
-
     if options.model is not None and options.random is not None:
         raise InputError("`--model` and `--random` are two models", hint="give one of them")
     if options.compare and importlib.util.find_spec("diffusers") is None:
@@ -122,7 +121,6 @@ def run(options: BenchOptions) -> int:
             hint="install it with `pip install 'flux-nf4[compare]'`",
         )
     size = requested_size(Settings(size=options.size))
-    check_size(size.width or 1024, size.height or 1024)
     output = _output(options.output)
     records = []
     for record in _measured(options, (size.width, size.height)):
@@ -141,9 +139,11 @@ def run(options: BenchOptions) -> int:
 def _output(name: str | None) -> Path | None:
     if name is None:
         return None
-    path = Path(name).expanduser()
+    path = path_of(name)
     if not path.parent.is_dir():
         raise DiskError(f"there is no folder `{path.parent}`", hint="make it, or write elsewhere")
+    if path.is_dir():
+        raise DiskError(f"`{path}` is a folder", hint="name a file in it")
     return path
 
 
@@ -171,7 +171,7 @@ def _checkpoint(options: BenchOptions) -> Checkpoint:
     if options.random is not None:
         return random_checkpoint(options.random)
     is_demo = options.model in (None, "demo")
-    return open_checkpoint(demo_path() if is_demo else Path(str(options.model)).expanduser())
+    return open_checkpoint(demo_path() if is_demo else path_of(str(options.model)))
 
 
 def _drawing(

@@ -11,6 +11,7 @@ from flux_nf4.cli.byte_progress import ByteProgress
 from flux_nf4.cli.console import print_data, print_json, print_note
 from flux_nf4.cli.findings import num_bytes_text
 from flux_nf4.cli.options import argument, option
+from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.progress import duration
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import InputError
@@ -64,9 +65,7 @@ class SourceOptions:
             "clip": self.clip,
             "vae": self.vae,
         }
-        return {
-            kind: str(Path(path).expanduser()) for kind, path in paths.items() if path is not None
-        }
+        return {kind: str(path_of(path)) for kind, path in paths.items() if path is not None}
 
     @property
     def source_path(self) -> str | None:
@@ -74,12 +73,13 @@ class SourceOptions:
         # With parts alone there is no SRC: the one path given is DST.
         if self.source is None or self.destination is None:
             return None
-        return str(Path(self.source).expanduser())
+        return str(path_of(self.source))
 
     @property
     def destination_path(self) -> Path:
         """Where the result goes."""
-        return Path(self.destination or self.source or "").expanduser()
+        given = self.source if self.destination is None else self.destination
+        return path_of(given or "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from flux_nf4.cli.console import print_data, print_json, printable, styled
 from flux_nf4.cli.findings import Finding, Severity
 from flux_nf4.cli.options import argument
+from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.settings import Settings, read_options
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import InputError
@@ -69,7 +70,7 @@ def _examine(model: str | None) -> Iterator[Finding]:
     from flux_nf4.cli.model_checks import model_findings
 
     name = model or settings.model
-    yield from model_findings(None if name in (None, "demo") else Path(str(name)).expanduser())
+    yield from model_findings(None if name in (None, "demo") else path_of(str(name)))
 
 
 def _read_settings() -> tuple[Settings, list[Finding]]:

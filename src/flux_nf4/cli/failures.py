@@ -12,12 +12,13 @@ import os
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_nf4.cli.console import discard_stdout, print_error, print_plain
 from flux_nf4.cli.options import shortened
 from flux_nf4.cli.signals import EXIT_CODES, NAMES, SignalWatch
-from flux_nf4.errors import DoesNotFitError, FluxNF4Error
+from flux_nf4.errors import DiskError, DoesNotFitError, FluxNF4Error
 
 if TYPE_CHECKING:
     import signal
@@ -49,6 +50,9 @@ class Guard:
         trace: TracebackType | None,
     ) -> bool:
         self._signals.__exit__(kind, error, trace)
+        if self._signals.received is not None:  # perhaps without an error: Typer swallows it
+            self.exit_code = self._stopped(error, self._signals.received)
+            return True
         if error is None:
             return True
         exit_code = self._exit_code_of(error)
@@ -61,13 +65,13 @@ class Guard:
 
     def _exit_code_of(self, error: BaseException) -> int | None:
         """Say what happened; None where it is nothing that a run should end with."""
-        if self._signals.received is not None:
-            return self._stopped(error, self._signals.received)
         if isinstance(error, BrokenPipeError):
             discard_stdout()
             return BROKEN_PIPE
         if _is_out_of_memory(error):
             return self._report(_as_does_not_fit(error))
+        if isinstance(error, OSError) and error.strerror:
+            return self._report(_as_disk_error(error))
         return self._report(error) if isinstance(error, FluxNF4Error) else None
 
     def _report(self, error: FluxNF4Error) -> int:
@@ -76,8 +80,8 @@ class Guard:
         print_error(error.message, error.hint)
         return error.exit_code
 
-    def _stopped(self, error: BaseException, number: signal.Signals) -> int:
-        if self.debug:
+    def _stopped(self, error: BaseException | None, number: signal.Signals) -> int:
+        if self.debug and error is not None:
             traceback.print_exception(error)
         print_plain(f"stopped by {NAMES[number]}")
         return EXIT_CODES[number]
@@ -85,7 +89,8 @@ class Guard:
 
 def wants_debug(arguments: Sequence[str]) -> bool:
     """Whether tracebacks are to be shown: before parsing, as parsing may be what fails."""
-    return "--debug" in arguments or os.environ.get("FLUX_NF4_DEBUG", "0") not in {"", "0"}
+    in_environment = os.environ.get("FLUX_NF4_DEBUG", "").lower()
+    return "--debug" in arguments or in_environment not in {"", "0", "false", "no", "off"}
 
 
 def _say_that_it_is_our_fault(
@@ -115,6 +120,14 @@ def _as_does_not_fit(error: BaseException) -> FluxNF4Error:
     )
 
 
+def _as_disk_error(error: OSError) -> FluxNF4Error:
+    # What the system says of a path that nobody looked at before: too long, in a locked folder ...
+    if error.filename is not None:
+        return DiskError(f"cannot use `{shortened(error.filename)}`: {error.strerror}")
+    discard_stdout()  # which may be what cannot be written
+    return DiskError(f"the system says: {error.strerror}")
+
+
 def _silence_libraries() -> None:
     """Keep what libraries log and warn of to `--debug`: nobody here can act on it."""
     # A handler on the root takes the place of Python's last resort, which prints to stderr.
@@ -125,6 +138,10 @@ def _silence_libraries() -> None:
 
 
 def _prepare_streams() -> None:
+    # Closed ones are None, and the next file that is opened would take their place.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
     # A terminal that cannot show a prompt's characters must not end the run.
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)

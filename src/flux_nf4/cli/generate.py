@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_nf4.cli.console import print_note
 from flux_nf4.cli.drawing import Drawing
 from flux_nf4.cli.names import plan_destination
 from flux_nf4.cli.options import argument, option, shortened
+from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.progress import make_progress
 from flux_nf4.cli.prompts import read_prompts
 from flux_nf4.cli.repeat import note_differences, read_record
@@ -25,6 +25,7 @@ from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.cli.words import load_words
 from flux_nf4.errors import InputError
 from flux_nf4.memory.amounts import parse_limit
+from flux_nf4.pipeline.limits import MIN_SIZE, check_size, size_like
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _DEMO = "demo"
 _SCHNELL_STEPS = 4  # what it was distilled for
 _DEFAULT_STEPS = 20
+_OWN_SIZE = 1024  # FLUX.1-dev's, until the model is known
 _NUM_PREVIEWS = 8  # in the course of an image
 _DEMO_NOTE = "built-in demo model; for FLUX.1-dev: `-m flux1-dev-bnb-nf4-v2.safetensors`"
 _UNKNOWN_NOTE = "names nothing the demo model knows; `flux-nf4 demo` lists what it knows"
@@ -97,25 +99,25 @@ def run(options: GenerateOptions) -> int:
     vram, ram = parse_limit(options.vram, "--vram"), parse_limit(options.ram, "--ram")
     destination = plan_destination(options.output, len(prompts) * options.count)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    for prompt in prompts:  # what is wrong is told now, and not when the model is loaded
+        _request(options, size, source, prompt, seed)
     _say_what_the_demo_knows(options, prompts)
     origin = read_record(options.from_image) if options.from_image else None
 
     import torch
 
-    from flux_nf4.pipeline.limits import check_size
     from flux_nf4.pipeline.load import LoadSettings, load_model
     from flux_nf4.pipeline.threads import suited_num_threads
 
-    check_size(size.width or 1024, size.height or 1024)
     with make_progress(quiet=options.quiet) as progress:
         progress.stage("load")
         is_demo = options.model in (None, _DEMO)
-        path = None if is_demo else Path(str(options.model)).expanduser()
+        path = None if is_demo else path_of(str(options.model))
         model = load_model(
             path,
             LoadSettings(device=options.device, vram=vram, ram=ram, arithmetic=options.arithmetic),
         )
-        requests = [_request(options, model, size, source, prompt, seed) for prompt in prompts]
+        requests = [_request(options, size, source, prompt, seed, model) for prompt in prompts]
         width, height = requests[0].width, requests[0].height
         now = torch.get_num_threads()
         torch.set_num_threads(suited_num_threads(model, width, height, otherwise=now))
@@ -140,14 +142,21 @@ def requested_size(options: Settings) -> Size:
     """The size from `--size`, or from `--width` and `--height`.
 
     Raises:
-        InputError: `--size` is not `WxH`.
+        InputError: `--size` is not `WxH`, or FLUX draws no such size.
     """
-    if options.size is None:
-        return Size(width=options.width, height=options.height)
-    match = re.fullmatch(r"(\d{1,6})(?:\s*[xX×]\s*(\d{1,6}))?", options.size.strip())  # noqa: RUF001
+    size = Size(width=options.width, height=options.height)
+    if options.size is not None:
+        size = _parsed_size(options.size)
+    width, height = (MIN_SIZE if side is None else side for side in (size.width, size.height))
+    check_size(width, height)
+    return size
+
+
+def _parsed_size(text: str) -> Size:
+    match = re.fullmatch(r"(\d{1,6})(?:\s*[xX×]\s*(\d{1,6}))?", text.strip())  # noqa: RUF001
     if match is None:
         raise InputError(
-            f"`--size` must be WIDTHxHEIGHT, got `{shortened(options.size)}`",
+            f"`--size` must be WIDTHxHEIGHT, got `{shortened(text)}`",
             hint="for example `--size 896x1152`",
         )
     width, height = match.group(1), match.group(2) or match.group(1)
@@ -166,19 +175,25 @@ def _say_what_the_demo_knows(options: GenerateOptions, prompts: Sequence[str]) -
 
 
 def _request(
-    options: GenerateOptions, model: Model, size: Size, source: Source, prompt: str, seed: int
+    options: GenerateOptions,
+    size: Size,
+    source: Source,
+    prompt: str,
+    seed: int,
+    model: Model | None = None,
 ) -> GenerationRequest:
-    from flux_nf4.pipeline.generate import GenerationRequest
-    from flux_nf4.pipeline.limits import size_like
+    """What is asked of `model`; without one, its own size and steps are FLUX.1-dev's."""
+    from flux_nf4.pipeline.request import GenerationRequest
 
-    own = model.facts.default_size
+    own = _OWN_SIZE if model is None else model.facts.default_size
     width, height = size.width or own, size.height or own
     if source.image is not None:
         width, height = size_like(
             source.image.size, width=size.width, height=size.height, default_size=own
         )
 
-    steps = _SCHNELL_STEPS if model.variant == "schnell" else _DEFAULT_STEPS
+    is_schnell = model is not None and model.variant == "schnell"
+    steps = _SCHNELL_STEPS if is_schnell else _DEFAULT_STEPS
     return GenerationRequest(
         prompt=prompt,
         negative_prompt=options.negative,

@@ -12,6 +12,7 @@ from flux_nf4.cli.console import print_data, print_json, printable, styled
 from flux_nf4.cli.findings import num_bytes_text
 from flux_nf4.cli.model_checks import PART_NAMES
 from flux_nf4.cli.options import argument
+from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import InputError
 
@@ -40,7 +41,7 @@ def run(options: InfoOptions) -> int:
         raise InputError(
             "no path is given", hint="name a checkpoint or an image: `flux-nf4 info PATH`"
         )
-    path = Path(options.path).expanduser()
+    path = path_of(options.path)
     described = _describe_image(path) if _is_image(path) else _describe_checkpoint(path)
     if options.json:
         print_json(described.values, indent=2)
@@ -59,9 +60,11 @@ class Description:
 
 def _is_image(path: Path) -> bool:
     try:
+        if not path.is_file():  # a folder, a pipe, or nothing: opening a checkpoint says which
+            return False
         with path.open("rb") as file:
             return file.read(8).startswith(_IMAGE_SIGNATURES)
-    except OSError:  # a folder, or nothing: opening it as a checkpoint says which
+    except OSError:
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +37,11 @@ def model_findings(path: Path | None) -> Iterator[Finding]:
     else:
         yield from checkpoint_findings(checkpoint, is_demo=path is None)
     if path is not None:
-        folder = path if path.is_dir() else path.parent
-        if folder.is_dir():
-            yield from leftover_findings(folder)
-            yield disk_finding(folder, "the model")
+        with contextlib.suppress(OSError):  # what cannot be looked at could not be opened either
+            folder = path if path.is_dir() else path.parent
+            if folder.is_dir():
+                yield from leftover_findings(folder)
+                yield disk_finding(folder, "the model")
 
 
 def checkpoint_findings(checkpoint: Checkpoint, *, is_demo: bool) -> Iterator[Finding]:

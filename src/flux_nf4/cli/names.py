@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux_nf4.cli.paths import path_of
 from flux_nf4.errors import DiskError, InputError
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def plan_destination(output: str | None, num_images: int) -> Destination:
     """What `-o` means, checked before any work is done.
 
     Raises:
-        InputError: an unknown field, a format other than PNG, or one file for several images.
+        InputError: an unknown field, a format other than PNG, one file for several images, or a
+            device in a file's place.
         DiskError: the folder cannot be written to.
     """
     destination = _read_output(DEFAULT_OUTPUT if output is None else output)
@@ -61,6 +63,10 @@ def plan_destination(output: str | None, num_images: int) -> Destination:
     # With every field as a slug, so that the folder is a likely one.
     example = destination.path({"prompt": "a", "seed": 0, "index": 1, "date": "a", "model": "a"})
     _check_writable(example.parent)
+    if destination.replaces and example.exists() and not example.is_file():
+        raise InputError(
+            f"`{example}` is not a regular file", hint="give the name of a file to write"
+        )
     return destination
 
 
@@ -129,7 +135,11 @@ def _claim(temporary: Path, path: Path) -> Path:
 def _read_output(output: str) -> Destination:
     if not output.strip() or "\0" in output:
         raise InputError("`--output` is empty, or no path at all", hint="name a file or a folder")
-    path = Path(output).expanduser()
+    if output == "-":
+        raise InputError(
+            "an image is not written to standard output", hint="name a file: `-o image.png`"
+        )
+    path = path_of(output)
     is_folder = output.endswith(("/", os.sep)) or path.is_dir()
     has_fields = "{" in output or "}" in output
     suffix = path.suffix.lower()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flux_nf4.cli.console import print_data, print_json, printable
 from flux_nf4.cli.generate import requested_size
 from flux_nf4.cli.options import option
+from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.settings import Settings
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import DoesNotFitError, InputError
@@ -148,7 +149,7 @@ def _subject(options: PlanOptions) -> tuple[Inventory, Workload, list[str]]:
 def _model_path(model: str) -> Path:
     if model == "demo":
         return Path(str(resources.files("flux_nf4"))) / "assets" / "demo" / _DEMO
-    return Path(model).expanduser()
+    return path_of(model)
 
 
 def _outcome(

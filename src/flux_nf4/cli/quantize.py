@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flux_nf4.cli.byte_progress import ByteProgress
@@ -12,6 +11,7 @@ from flux_nf4.cli.console import print_data, print_json, print_note
 from flux_nf4.cli.convert import SourceOptions
 from flux_nf4.cli.findings import num_bytes_text
 from flux_nf4.cli.options import option
+from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.progress import duration
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import InputError
@@ -150,9 +150,9 @@ def run(options: QuantizeOptions) -> int:
         raise
     if report is not None and report.layers:
         if options.report is not None:
-            report.write_json(Path(options.report).expanduser())
+            report.write_json(path_of(options.report))
         if options.plot is not None:
-            report.plot(Path(options.plot).expanduser())
+            report.plot(path_of(options.plot))
     _tell(options, done, report, time.monotonic() - started_s)
     return 0
 
@@ -164,7 +164,7 @@ def _error_report(options: QuantizeOptions) -> ErrorReport | None:
 
     for path in (options.report, options.plot):
         # Now: it is written when all else is done.
-        if path is not None and not Path(path).expanduser().absolute().parent.is_dir():
+        if path is not None and not path_of(path).absolute().parent.is_dir():
             raise InputError(f"there is no folder for `{path}`", hint="make the folder first")
     if options.plot is not None:
         check_plot_path(options.plot)

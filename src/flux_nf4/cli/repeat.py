@@ -7,10 +7,10 @@ usual, and an image is repeated as it was.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_nf4.cli.console import print_note
+from flux_nf4.cli.paths import path_of
 from flux_nf4.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def read_record(image: str) -> ImageRecord:
     """
     from flux_nf4.pipeline.image_metadata import read_image
 
-    record = read_image(Path(image).expanduser())
+    record = read_image(path_of(image))
     if record.settings is None and not record.pairs.get("Prompt"):
         raise InputError(
             f"`{image}` holds no settings to repeat",

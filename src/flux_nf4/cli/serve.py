@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from flux_nf4 import __version__
 from flux_nf4.cli.console import print_plain
+from flux_nf4.cli.paths import path_of, read_text
 from flux_nf4.cli.server_settings import ServerSettings
 from flux_nf4.cli.signals import EXIT_CODES
 from flux_nf4.cli.verb import Verb, debug_option
@@ -55,6 +56,7 @@ def run(options: ServeOptions) -> int:
     from flux_nf4.server import logs
     from flux_nf4.server.listening import bind, serve
 
+    _check_replicas(options)
     settings, engine_settings = all_settings(options)
     logs.configure(options.log_format, secrets=settings.api_keys)
     # In a log of JSON nothing but JSON.
@@ -84,6 +86,18 @@ def run(options: ServeOptions) -> int:
         )
     say("stopped")
     return 0 if cut_short_by is None else EXIT_CODES[cut_short_by]
+
+
+def _check_replicas(options: ServeOptions) -> None:
+    for name, is_given in (
+        ("--ray-address", options.ray_address is not None),
+        ("--min-replicas", options.min_replicas != 1),
+        ("--max-replicas", options.max_replicas is not None),
+    ):
+        if is_given and not options.ray:
+            raise InputError(
+                f"`{name}` is for replicas on Ray, which is not asked for", hint="add `--ray`"
+            )
 
 
 @contextlib.contextmanager
@@ -153,7 +167,7 @@ def _settings(options: ServeOptions) -> ServeSettings:
 def _engine_settings(options: ServeOptions) -> EngineSettings:
     from flux_nf4.server.engine import EngineSettings
 
-    model = None if options.model in (None, _DEMO) else str(Path(options.model).expanduser())
+    model = None if options.model in (None, _DEMO) else str(path_of(options.model))
     if model is not None and not Path(model).exists():
         raise ModelNotFoundError(
             f"there is no `{model}`", hint="`flux-nf4 pull` fetches a model; or leave `--model` out"
@@ -168,7 +182,7 @@ def _engine_settings(options: ServeOptions) -> EngineSettings:
         ram=parse_limit(options.ram, "--ram"),
         arithmetic=options.arithmetic,
         warm_up=not options.no_warm_up,
-        journal=None if options.durable is None else Path(options.durable).expanduser(),
+        journal=None if options.durable is None else path_of(options.durable),
     )
 
 
@@ -196,14 +210,10 @@ def _api_keys(file_name: str | None) -> tuple[str, ...]:
     """
     keys = list(_words(os.environ.get("FLUX_NF4_API_KEY")))
     if file_name is not None:
-        path = Path(file_name).expanduser()
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the API keys in `{path}`") from error
+        lines = read_text(file_name).splitlines()
         in_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not in_file:
-            raise InputError(f"there is no API key in `{path}`", hint="write one a line")
+            raise InputError(f"there is no API key in `{file_name}`", hint="write one a line")
         keys += in_file
     for key in keys:
         if len(key) < _MIN_KEY_CHARACTERS or not key.isprintable() or not key.isascii():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flux_nf4.cli.options import Parameter, option, parameters, parse_value
+from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.server_settings import ModelSettings, ServerSettings
 from flux_nf4.errors import InputError
 
@@ -251,7 +252,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         name = key.replace("-", "_")
         values[name] = _parsed(name, value, f"{key}` in `{path}")
         if name == "model" and values[name] != "demo":
-            values[name] = str(path.parent / Path(values[name]).expanduser())
+            values[name] = str(path.parent / path_of(values[name]))
     _check_rivals(values, f"`{path}`")
     return values
 

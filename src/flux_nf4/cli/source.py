@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux_nf4.cli.paths import path_of
 from flux_nf4.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def read_source(options: GenerateOptions) -> Source:
                     hint="name the image with `--image FILE`",
                 )
     image, mask_image = (
-        None if name is None else open_image(Path(name).expanduser())
+        None if name is None else open_image(path_of(name))
         for name in (options.image, options.mask)
     )
     if image is not None and mask_image is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_nf4.cli.byte_progress import ByteProgress
 from flux_nf4.cli.console import print_data, print_json, printable, styled
 from flux_nf4.cli.findings import num_bytes_text
 from flux_nf4.cli.options import argument, option
+from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import FormatError, InputError
 
@@ -42,7 +42,7 @@ def run(options: VerifyOptions) -> int:
 
     if options.path is None:
         raise InputError("no path is given", hint="name a checkpoint: `flux-nf4 verify PATH`")
-    path = Path(options.path).expanduser()
+    path = path_of(options.path)
     num_bytes = 0
     if options.sha256:
         with contextlib.suppress(OSError, ValueError):  # `verify` says what is wrong with the path

@@ -7,6 +7,7 @@ at a time while writing, so a file of 12 GB costs the memory of its largest tens
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,12 @@ from flux_nf4.errors import FormatError, InputError
 from flux_nf4.formats.bnb import tensors_from_weight
 from flux_nf4.formats.canonical import list_names
 from flux_nf4.formats.component import COMPONENT_KINDS, ComponentKind, Entry, outline
-from flux_nf4.formats.header import encode_header, plan_header
 from flux_nf4.formats.keymap import VAE_CONVOLUTION_AS_LINEAR, all_in_one_table
 from flux_nf4.formats.tensorfile import TensorSource, write_sources
 from flux_nf4.nf4.codec import NF4Weight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from flux_nf4.formats.facts import Facts
@@ -94,13 +94,6 @@ def plan_all_in_one(
     return sources
 
 
-def planned_bytes(sources: Mapping[str, TensorSource], facts: Facts | None = None) -> int:
-    """How long the file will be, header included."""
-    specs = ((name, source.dtype, source.shape) for name, source in sources.items())
-    header = plan_header(specs, facts.to_metadata() if facts else None)
-    return len(encode_header(header)) + header.data_bytes
-
-
 def written_names(kind: ComponentKind, entries: Mapping[str, Entry]) -> dict[str, str]:
     """Canonical name -> full name in the file, after checking that none is unknown or missing."""
     table = all_in_one_table(kind, entries)
@@ -123,12 +116,11 @@ def _plan_entry(
     if isinstance(entry, NF4Weight):
         if kind != "transformer":
             raise FormatError(f"`{name}` of the {kind} part is quantised; only the transformer is")
-        return _plan_quantized(entries, name, written_name, entry)
+        read = partial(_read_unnested, entries, name)
+        return quantized_sources(written_name, entry.with_float_absmax(), read)
     dtype = _written_dtype(kind, name, entry, vae_dtype)
-    is_convolution = kind == "vae" and name in VAE_CONVOLUTION_AS_LINEAR
-    shape = (*entry.shape, 1, 1) if is_convolution and entry.dim() == 2 else tuple(entry.shape)
-    make = partial(_make_plain, entries, name, dtype, shape)
-    return {written_name: TensorSource(dtype=dtype, shape=shape, make=make)}
+    read_plain = partial(entries.__getitem__, name)
+    return {written_name: plain_source(name, entry, dtype, read_plain)}
 
 
 def _written_dtype(
@@ -142,40 +134,57 @@ def _written_dtype(
     return dtypes[kind]
 
 
-def _plan_quantized(
-    entries: Mapping[str, Entry], name: str, written_name: str, outlined: NF4Weight
+def _read_unnested(entries: Mapping[str, Entry], name: str) -> NF4Weight:
+    weight = entries[name]
+    assert isinstance(weight, NF4Weight)
+    return weight.with_float_absmax()
+
+
+def quantized_sources(
+    full_name: str, outlined: NF4Weight, read: Callable[[], Entry]
 ) -> dict[str, TensorSource]:
+    """The tensors of a weight that `read` gives, and `outlined` has on the meta device."""
+    make_all = partial(_tensors_of, read, full_name)
     sources = {}
-    for full_name, tensor in tensors_from_weight(
-        written_name, outlined.with_float_absmax()
-    ).items():
-        # The small companions are values already; codes and absmax are outlines, made when due.
-        suffix = full_name.removeprefix(written_name)
-        make = (
-            partial(_make_quantized, entries, name, suffix)
-            if tensor.is_meta
-            else partial(_given, tensor)
-        )
-        sources[full_name] = TensorSource(dtype=tensor.dtype, shape=tuple(tensor.shape), make=make)
+    for name, tensor in tensors_from_weight(full_name, outlined).items():
+        # The small companions are values already; the rest are outlines, made when due.
+        source = TensorSource.of(tensor)
+        make = partial(_one_of, make_all, name) if tensor.is_meta else source.make
+        sources[name] = replace(source, make=make, make_all=make_all)
     return sources
 
 
-def _make_quantized(entries: Mapping[str, Entry], name: str, suffix: str) -> Tensor:
-    weight = entries[name]
+def _tensors_of(read: Callable[[], Entry], full_name: str) -> dict[str, Tensor]:
+    weight = read()
     assert isinstance(weight, NF4Weight)
-    return weight.codes.view(-1, 1) if suffix == "" else weight.float_absmax()
+    return tensors_from_weight(full_name, weight)
 
 
-def _given(tensor: Tensor) -> Tensor:
-    return tensor
+def _one_of(make_all: Callable[[], dict[str, Tensor]], name: str) -> Tensor:
+    return make_all()[name]
 
 
-def _make_plain(
-    entries: Mapping[str, Entry], name: str, dtype: torch.dtype, shape: tuple[int, ...]
+def plain_source(
+    name: str,
+    outlined: Tensor,
+    dtype: torch.dtype,
+    read: Callable[[], Entry],
+    *,
+    as_convolution: bool = True,
+) -> TensorSource:
+    """A tensor of canonical name `name` in another dtype; `as_convolution` as BFL's VAE has it."""
+    shape = tuple(outlined.shape)
+    if as_convolution and name in VAE_CONVOLUTION_AS_LINEAR and len(shape) == 2:
+        shape = (*shape, 1, 1)
+    return TensorSource(dtype=dtype, shape=shape, make=partial(_cast, name, read, dtype, shape))
+
+
+def _cast(
+    name: str, read: Callable[[], Entry], dtype: torch.dtype, shape: tuple[int, ...]
 ) -> Tensor:
-    tensor = entries[name]
+    tensor = read()
     assert isinstance(tensor, Tensor)
-    return cast_within_range(name, tensor, dtype).view(shape)
+    return cast_within_range(name, tensor, dtype).reshape(shape)
 
 
 def cast_within_range(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

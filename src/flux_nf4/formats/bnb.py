@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flux_nf4.errors import FormatError, InputError
-from flux_nf4.formats.keymap import STATE_PREFIX, STATE_SUFFIXES
+from flux_nf4.formats.keymap import MAX_STATE_BYTES, STATE_PREFIX, STATE_SUFFIXES
 from flux_nf4.formats.strictjson import parse_json
 from flux_nf4.nf4.codec import (
     BLOCK_SIZES,
@@ -27,8 +27,6 @@ from flux_nf4.nf4.codec import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-MAX_STATE_BYTES = 4096  # the real ones have 80 to 180
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _KEYS = ("quant_type", "blocksize", "dtype", "shape")

@@ -12,13 +12,13 @@ from flux_nf4.errors import FormatError
 from flux_nf4.formats.bnb import weight_from_tensors
 from flux_nf4.formats.component import STORED_AS, Component, ComponentKind, Entries, Entry, Parts
 from flux_nf4.formats.keymap import (
-    JUNK,
+    QUANTIZED_KINDS,
     SWAPPED_HALVES,
     T5_EMBEDDING,
     T5_EMBEDDING_COPY,
     VAE_CONVOLUTION_AS_LINEAR,
     Table,
-    split_companion,
+    separate,
     table_for,
 )
 
@@ -34,6 +34,7 @@ MAX_NAMES_LISTED = 8
 _TELLING_NAMES = (
     (("lora", "lokr", "hada_"), "this looks like a LoRA, which goes on top of a model"),
     ((".SCB", ".weight_format"), "this is quantised to 8 bits (LLM.int8); use NF4, bf16 or fp8"),
+    ((".weight_scale_2",), "this is NVFP4; use NF4, bf16 or plain fp8"),
     (
         ("scaled_fp8", ".scale_weight", ".weight_scale", ".input_scale", ".comfy_quant"),
         "this is fp8 with separate scales; use NF4, bf16 or plain fp8",
@@ -47,6 +48,7 @@ _TELLING_NAMES = (
         "this looks like a text encoder alone; the transformer is another file",
     ),
     (("double_stream_modulation",), "this is FLUX.2; flux-nf4 runs FLUX.1"),
+    (("distilled_guidance_layer.",), "this is Chroma, another network; flux-nf4 runs FLUX.1"),
 )
 
 
@@ -104,18 +106,11 @@ def read_component(
 def _separate(
     kind: ComponentKind, tensors: Mapping[str, StoredTensor], source: Path
 ) -> tuple[dict[str, StoredTensor], dict[str, dict[str, StoredTensor]]]:
-    plain: dict[str, StoredTensor] = {}
-    companions: dict[str, dict[str, StoredTensor]] = {}
-    for name, stored in tensors.items():
-        split = split_companion(name)
-        if split is not None:
-            companions.setdefault(split[0], {})[split[1]] = stored
-        elif name not in JUNK[kind]:
-            plain[name] = stored
-    if companions and kind != "transformer":
+    plain, companions = separate(kind, tensors)
+    if companions and kind not in QUANTIZED_KINDS:
         raise FormatError(
             f"`{source}`: the {kind} part is quantised by bitsandbytes "
-            f"(`{next(iter(companions))}`), which is read for the transformer only",
+            f"(`{next(iter(companions))}`), which is read for the transformer and T5 only",
             hint="use that part in bf16, fp16 or fp8",
         )
     orphans = companions.keys() - plain.keys()
@@ -124,11 +119,16 @@ def _separate(
             f"`{source}` holds quantisation statistics without their weight: {list_names(orphans)}"
         )
     if kind == "t5":
-        _drop_embedding_copy(plain, source)
+        drop_embedding_copy(plain, source)
     return plain, companions
 
 
-def _drop_embedding_copy(plain: dict[str, StoredTensor], source: Path) -> None:
+def drop_embedding_copy(plain: dict[str, StoredTensor], source: Path) -> None:
+    """Leave of T5's table of tokens, which some files hold under two names, the first.
+
+    Raises:
+        FormatError: they are two tables.
+    """
     copy = plain.pop(T5_EMBEDDING_COPY, None)
     if copy is None:
         return

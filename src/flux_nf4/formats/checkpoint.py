@@ -23,7 +23,7 @@ from flux_nf4.formats.component import (
     Stored,
 )
 from flux_nf4.formats.facts import FLUX_1_DEV, FLUX_1_SCHNELL, Facts
-from flux_nf4.formats.keymap import PREFIXES, variant_name
+from flux_nf4.formats.keymap import split_prefix, variant_name
 from flux_nf4.formats.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ _PART_NAMES: dict[ComponentKind, str] = {
     "clip": "the CLIP text encoder",
     "vae": "the VAE",
 }
-_FOREIGN_SUFFIXES = {".gguf", ".ckpt", ".pt", ".pth", ".bin"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +111,7 @@ class Checkpoint:
         raise ModelNotFoundError(
             f"`{self.path}` holds only {here}; an image also needs {absent}",
             hint="use an all-in-one file, such as flux1-dev-bnb-nf4-v2.safetensors, "
-            "or a Diffusers folder",
+            "or a Diffusers folder; `flux-nf4 convert` makes both from files of parts",
         )
 
 
@@ -167,21 +166,7 @@ def _open_folder(path: Path) -> Checkpoint:
             components={"transformer": transformer},
             facts=_default_facts(transformer),
         )
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".safetensors")
-    if len(files) == 1:
-        return _open_file(files[0])
-    if files:
-        raise InputError(
-            f"`{path}` holds {len(files)} files that may be meant: "
-            f"{list_names(file.name for file in files)}",
-            hint="give the path of one of them",
-        )
-    others = [file.name for file in path.iterdir() if file.suffix.lower() in _FOREIGN_SUFFIXES]
-    found = f", only {list_names(others)}, which flux-nf4 does not open" if others else ""
-    raise ModelNotFoundError(
-        f"`{path}` holds no .safetensors file and no Diffusers folder{found}",
-        hint="give the path of a .safetensors file, or of a folder that holds one",
-    )
+    return _open_file(folder.lone_file(path))
 
 
 def _open_diffusers_folder(path: Path) -> Checkpoint:
@@ -230,10 +215,8 @@ def _open_file(path: Path) -> Checkpoint:
 def _split_by_part(file: TensorFile) -> dict[ComponentKind, dict[str, StoredTensor]]:
     groups: dict[ComponentKind, dict[str, StoredTensor]] = {}
     for full_name in file.names:
-        fitting = ((prefix, kind) for prefix, kind in PREFIXES if full_name.startswith(prefix))
-        prefix, kind = next(fitting, ("", "transformer"))
+        kind, name = split_prefix(full_name)
         group = groups.setdefault(kind, {})
-        name = full_name.removeprefix(prefix)
         if name in group:
             names = list_names([full_name, group[name].name])
             raise FormatError(f"`{file.path}` holds one tensor under two names: {names}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flux_nf4.errors import FormatError
+from flux_nf4.formats.keymap import Kind
 from flux_nf4.nf4.codec import NF4Weight, concatenate_rows
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from flux_nf4.formats.tensorfile import TensorFile
 
-ComponentKind: TypeAlias = Literal["transformer", "t5", "clip", "vae"]
+ComponentKind: TypeAlias = Kind
 Entry: TypeAlias = Tensor | NF4Weight
 Parts: TypeAlias = tuple[Entry, ...]
 
@@ -93,6 +94,11 @@ class Entries(Mapping[str, Entry]):
         return len(self._parts)
 
 
+def stored_parts(entries: Mapping[str, Entry], name: str) -> Parts:
+    """An entry as it is stored: itself, or the pieces that reading it would join."""
+    return entries.parts(name) if isinstance(entries, Entries) else (entries[name],)
+
+
 def outline(entries: Mapping[str, Entry], name: str) -> Entry:
     """An entry on the meta device: its shape and form, without reading or joining values."""
     if isinstance(entries, Entries):
@@ -157,9 +163,7 @@ class Component:
 
     def parts(self, name: str) -> Parts:
         """An entry as it is stored: itself, or the pieces that reading it would join."""
-        if isinstance(self.entries, Entries):
-            return self.entries.parts(name)
-        return (self.entries[name],)
+        return stored_parts(self.entries, name)
 
     def summary(self, *, matrices_only: bool = False) -> dict[str, Stored]:
         """How it is stored -> how much, the most bytes first; reads headers only."""

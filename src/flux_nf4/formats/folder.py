@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from flux_nf4.errors import FormatError, InputError, ModelNotFoundError
 from flux_nf4.formats.canonical import StoredTensor, list_names, read_component
 from flux_nf4.formats.facts import FLUX_1_DEV, FLUX_1_SCHNELL, Facts
+from flux_nf4.formats.keymap import QUANTIZED_KINDS
 from flux_nf4.formats.strictjson import read_json_object
 from flux_nf4.formats.tensorfile import TensorFile
 
@@ -28,9 +29,14 @@ PART_FOLDERS: dict[ComponentKind, str] = {
 _Value = TypeVar("_Value", bool, int, float)
 TOKENIZER_FOLDERS: dict[Literal["t5", "clip"], str] = {"t5": "tokenizer_2", "clip": "tokenizer"}
 MODEL_INDEX = "model_index.json"
-_STANDARD_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-_INDEX_SUFFIX = ".safetensors.index.json"
+_STANDARD_NAMES = [
+    f"{library}.safetensors{end}"
+    for library in ("diffusion_pytorch_model", "model")
+    for end in ("", ".index.json")
+]
+_INDEX_NAME = re.compile(r".+\.safetensors\.index(\..+)?\.json")
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+_FOREIGN_SUFFIXES = (".gguf", *_PICKLE_SUFFIXES)
 # transformers' marker for CLIP configurations older than the real value.
 _LEGACY_CLIP_EOS, _CLIP_EOS = 2, 49407
 _FLUX_1_HIDDEN_SIZE = 3072
@@ -46,6 +52,31 @@ def is_part_folder(path: Path) -> bool:
     config = path / "config.json"
     return (
         config.is_file() and read_json_object(config).get("_class_name") == "FluxTransformer2DModel"
+    )
+
+
+def lone_file(path: Path) -> Path:
+    """The one .safetensors file of a folder that is not laid out as Diffusers does.
+
+    Raises:
+        InputError: there are several.
+        ModelNotFoundError: there is none.
+    """
+    listing = sorted(path.iterdir())
+    files = [file for file in listing if file.suffix.lower() == ".safetensors"]
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise InputError(
+            f"`{path}` holds {len(files)} files that may be meant: "
+            f"{list_names(file.name for file in files)}",
+            hint="give the path of one of them; `flux-nf4 convert` makes one file of parts",
+        )
+    others = [file.name for file in listing if file.suffix.lower() in _FOREIGN_SUFFIXES]
+    found = f", only {list_names(others)}, which flux-nf4 does not open" if others else ""
+    raise ModelNotFoundError(
+        f"`{path}` holds no .safetensors file and no Diffusers folder{found}",
+        hint="give the path of a .safetensors file, or of a folder that holds one",
     )
 
 
@@ -94,32 +125,31 @@ def read_part(kind: ComponentKind, folder: Path) -> Component:
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The weight files of a part, each with the names that an index says it holds."""
-    index = [path for path in _listing(folder) if path.name.endswith(_INDEX_SUFFIX)]
-    whole = [folder / name for name in _STANDARD_FILES if (folder / name).is_file()]
-    if len(whole) + len(index) == 0:
-        # A variant, such as diffusion_pytorch_model.fp16.safetensors, if it is the only one.
-        whole = [path for path in _listing(folder) if path.suffix == ".safetensors"]
-    if len(whole) + len(index) > 1:
-        names = list_names(path.name for path in (*whole, *index))
+    """The weight files of a part, each with the names that an index says it holds.
+
+    The standard names come first; without them a variant, such as `model.fp16.safetensors` or
+    `model.safetensors.index.fp16.json` with its shards, if it is the only one.
+    """
+    listing = sorted(folder.iterdir())
+    found = (
+        [path for path in listing if path.name in _STANDARD_NAMES]
+        or [path for path in listing if _INDEX_NAME.fullmatch(path.name)]
+        or [path for path in listing if path.suffix == ".safetensors"]
+    )
+    if len(found) > 1:
         raise InputError(
-            f"`{folder}` holds several sets of weights: {names}", hint="keep one of them"
+            f"`{folder}` holds several sets of weights: {list_names(path.name for path in found)}",
+            hint="keep one of them",
         )
-    if index:
-        return _read_index(index[0])
-    if whole:
-        return {whole[0]: None}
-    pickles = [path.name for path in _listing(folder) if path.suffix in _PICKLE_SUFFIXES]
+    if found:
+        return {found[0]: None} if found[0].suffix == ".safetensors" else _read_index(found[0])
+    pickles = [path.name for path in listing if path.suffix in _PICKLE_SUFFIXES]
     raise ModelNotFoundError(
         f"`{folder}` holds no .safetensors file",
         hint=f"{list_names(pickles)} can run code when opened: get the safetensors version"
         if pickles
         else "the download is incomplete: get it again",
     )
-
-
-def _listing(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir())
 
 
 def _read_index(path: Path) -> dict[Path, set[str] | None]:
@@ -148,9 +178,9 @@ def _check_quantization(kind: ComponentKind, path: Path, config: Mapping[str, An
     if quantization is None:
         return
     hint = "use NF4 (bitsandbytes), bf16, fp16 or plain fp8"
-    if kind != "transformer":
+    if kind not in QUANTIZED_KINDS:
         raise FormatError(
-            f"`{path}`: the {kind} part is quantised, which is read for the transformer only",
+            f"`{path}`: the {kind} part is quantised; only the transformer and T5 are read so",
             hint="use that part in bf16 or fp16",
         )
     if not isinstance(quantization, dict):

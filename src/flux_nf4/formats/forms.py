@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from flux_nf4.formats.component import Entries, Entry, Parts
+from flux_nf4.formats.component import Entry, Parts, stored_parts
 from flux_nf4.formats.keymap import SWAPPED_HALVES
 from flux_nf4.nf4 import ops
 from flux_nf4.nf4.codec import NestedAbsmax, NF4Weight, concatenate_rows
@@ -26,11 +26,6 @@ Form: TypeAlias = Literal["keep", "v2", "bf16"]
 
 # The dtypes that Diffusers and transformers do not compute in; bf16 holds each of their values.
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def stored_parts(entries: Mapping[str, Entry], name: str) -> Parts:
-    """An entry as it is stored: itself, or the pieces that reading it would join."""
-    return entries.parts(name) if isinstance(entries, Entries) else (entries[name],)
 
 
 def is_split(entries: Mapping[str, Entry]) -> bool:

@@ -19,18 +19,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _PICKLE = "a pickle, which can run code when it is opened"
+_WEB_PAGE = "a web page, probably an error or log-in page in place of the file"
+_OTHER_VERSION = "get the safetensors version of this model"
+_AGAIN = "download it again; `flux-nf4 pull` fetches models"
 _FOREIGN = (
-    (b"PK\x03\x04", "a zip archive, probably PyTorch's own format (a pickle, which can run code)"),
-    (b"\x80\x02", _PICKLE),
-    (b"\x80\x03", _PICKLE),
-    (b"\x80\x04", _PICKLE),
-    (b"\x80\x05", _PICKLE),
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file that it points to"),
-    (b"<!", "a web page, probably an error or log-in page saved instead of the file"),
-    (b"<html", "a web page, probably an error or log-in page saved instead of the file"),
+    (
+        b"PK\x03\x04",
+        "a zip archive, probably PyTorch's own format (a pickle, which can run code)",
+        _OTHER_VERSION,
+    ),
+    (b"\x80\x02", _PICKLE, _OTHER_VERSION),
+    (b"\x80\x03", _PICKLE, _OTHER_VERSION),
+    (b"\x80\x04", _PICKLE, _OTHER_VERSION),
+    (b"\x80\x05", _PICKLE, _OTHER_VERSION),
+    (b"GGUF", "a GGUF file", _OTHER_VERSION),
+    (b"\x89HDF", "an HDF5 file", _OTHER_VERSION),
+    (b"\x1f\x8b", "a gzip archive", _OTHER_VERSION),
+    (b"version https://git-lfs", "a Git LFS pointer in place of the file", _AGAIN),
+    (b"<!", _WEB_PAGE, _AGAIN),
+    (b"<html", _WEB_PAGE, _AGAIN),
 )
 
 
@@ -115,10 +122,7 @@ def _read_header(path: str | Path, descriptor: int, num_bytes: int) -> tuple[Hea
 
 
 def _reject_foreign(path: str | Path, start: bytes) -> None:
-    for magic, description in _FOREIGN:
+    for magic, description, hint in _FOREIGN:
         # A header length that happens to begin so is followed by `{` and decided below.
         if start.startswith(magic) and start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
-            raise FormatError(
-                f"`{path}` is {description}, not safetensors",
-                hint="get the safetensors version of this model",
-            )
+            raise FormatError(f"`{path}` is {description}, not safetensors", hint=hint)

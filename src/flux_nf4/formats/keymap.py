@@ -13,10 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 Dialect: TypeAlias = Literal["bfl", "diffusers"]
+Kind: TypeAlias = Literal["transformer", "t5", "clip", "vae"]
 Names: TypeAlias = tuple[str, ...]
+_Stored = TypeVar("_Stored")
 
 MAX_VAE_LEVELS = 32  # FLUX's has 4; a table must not grow as the product of two hostile numbers
 
@@ -106,7 +108,7 @@ T5_EMBEDDING_COPY = "encoder.embed_tokens.weight"
 CLIP_PROJECTION = "text_projection.weight"
 
 # Longest first: the first that fits a name decides. Bare names belong to the transformer.
-PREFIXES: tuple[tuple[str, Literal["transformer", "t5", "clip", "vae"]], ...] = (
+PREFIXES: tuple[tuple[str, Kind], ...] = (
     ("text_encoders.t5xxl.transformer.", "t5"),
     ("text_encoders.clip_l.transformer.", "clip"),
     ("text_encoders.t5xxl.", "t5"),
@@ -118,6 +120,7 @@ PREFIXES: tuple[tuple[str, Literal["transformer", "t5", "clip", "vae"]], ...] = 
 
 # What travels beside a weight `X.weight` that bitsandbytes quantised, after `X.weight.`.
 STATE_PREFIX = "quant_state.bitsandbytes__"
+MAX_STATE_BYTES = 4096  # of that text of JSON; the real ones have 80 to 180
 STATE_SUFFIXES = tuple(STATE_PREFIX + quant_type for quant_type in ("nf4", "fp4"))
 COMPANION_SUFFIXES = (
     "absmax",
@@ -126,6 +129,9 @@ COMPANION_SUFFIXES = (
     "nested_quant_map",
     *STATE_SUFFIXES,
 )
+
+# The parts that are read in 4 bits. CLIP and the VAE are small, and nobody has them so.
+QUANTIZED_KINDS: tuple[Kind, ...] = ("transformer", "t5")
 
 # Names that some files carry and no part needs, after the part's own prefix.
 JUNK: dict[str, frozenset[str]] = {
@@ -314,6 +320,29 @@ def split_companion(name: str) -> tuple[str, str] | None:
         if base != name and base.endswith(".weight"):
             return base, suffix
     return None
+
+
+def split_prefix(full_name: str, bare: Kind = "transformer") -> tuple[Kind, str]:
+    """Which part a tensor of a file belongs to, and its name there; `bare` without a prefix."""
+    for prefix, kind in PREFIXES:
+        if full_name.startswith(prefix):
+            return kind, full_name.removeprefix(prefix)
+    return bare, full_name
+
+
+def separate(
+    kind: Kind, tensors: Mapping[str, _Stored]
+) -> tuple[dict[str, _Stored], dict[str, dict[str, _Stored]]]:
+    """The entries of a part; and of those that are quantised, what travels beside them."""
+    plain: dict[str, _Stored] = {}
+    companions: dict[str, dict[str, _Stored]] = {}
+    for name, stored in tensors.items():
+        split = split_companion(name)
+        if split is not None:
+            companions.setdefault(split[0], {})[split[1]] = stored
+        elif name not in JUNK[kind]:
+            plain[name] = stored
+    return plain, companions
 
 
 def variant_name(num_channels: int, *, guidance: bool) -> str:

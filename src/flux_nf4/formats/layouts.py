@@ -7,15 +7,15 @@ are all values of the narrower one. Only then it is taken: a conversion loses no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from flux_nf4.formats.allinone import PREFIXES, cast_within_range, written_names
-from flux_nf4.formats.bnb import tensors_from_weight
+from flux_nf4.formats.allinone import PREFIXES, plain_source, quantized_sources, written_names
+from flux_nf4.formats.component import stored_parts
 from flux_nf4.formats.forms import (
     FP8_DTYPES,
     Form,
@@ -25,14 +25,14 @@ from flux_nf4.formats.forms import (
     split_pieces,
     whole_piece,
 )
-from flux_nf4.formats.keymap import VAE_CONVOLUTION_AS_LINEAR, transformer_table
-from flux_nf4.formats.tensorfile import TensorSource
+from flux_nf4.formats.keymap import transformer_table
 from flux_nf4.nf4.codec import NF4Weight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from flux_nf4.formats.component import ComponentKind, Entry
+    from flux_nf4.formats.tensorfile import TensorSource
 
 # "parts" is the all-in-one's naming, one part a file and without the prefixes.
 Naming: TypeAlias = Literal["all-in-one", "parts", "diffusers"]
@@ -62,16 +62,6 @@ class PartPlan:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
-class _Pieces:
-    """The pieces of a part by the name that they are written under."""
-
-    by_name: dict[str, Piece] = field(default_factory=dict)
-
-    def ending(self, suffix: str) -> list[Piece]:
-        return [piece for piece in self.by_name.values() if piece.name.endswith(suffix)]
-
-
 def plan_part(
     kind: ComponentKind,
     entries: Mapping[str, Entry],
@@ -98,13 +88,20 @@ def plan_part(
     elif naming == "parts":
         names = {name: full_name[start:] for name, full_name in names.items()}
     pieces = {
-        full_name: Piece(entries=entries, name=name) for name, full_name in sorted(names.items())
+        full_name: Piece(entries=entries, name=name, form=_text_form(entries, name))
+        for name, full_name in sorted(names.items())
     }
     notes: list[str] = []
+    is_expanded = any(piece.form == "bf16" for piece in pieces.values())
+    if is_expanded:
+        notes.append(
+            f"{_ENCODERS[kind]} is expanded from 4 bits, which the transformer alone keeps: each "
+            "value is rounded once"
+        )
     narrow = None
     if naming != "diffusers" and kind == "t5" and t5 != "exact":
         narrow = _NARROW["t5"] if t5 == "fp8" else None
-    elif naming != "diffusers" and kind in _NARROW:
+    elif naming != "diffusers" and kind in _NARROW and not is_expanded:
         narrow = _common_dtype(pieces.values(), _NARROW[kind])
         if narrow is None:
             notes.append(
@@ -122,6 +119,10 @@ def plan_part(
             "every value stays the same"
         )
     return PartPlan(sources=sources, notes=tuple(notes))
+
+
+def _text_form(entries: Mapping[str, Entry], name: str) -> Form:
+    return "bf16" if isinstance(stored_parts(entries, name)[0], NF4Weight) else "keep"
 
 
 def _text_dtype(piece: Piece, naming: Naming, narrow: torch.dtype | None) -> torch.dtype:
@@ -147,20 +148,21 @@ def _holds(piece: Piece, dtype: torch.dtype) -> bool:
 def _plan_transformer(
     entries: Mapping[str, Entry], naming: Naming, form: Form, quantizer: Quantizer | None
 ) -> PartPlan:
-    pieces = _Pieces(_transformer_pieces(entries, naming, form))
+    pieces = _transformer_pieces(entries, naming, form)
     bias_dtype, scale_dtype = None, None
     if quantizer or is_split(entries) != (naming == "diffusers"):
         # From one dialect to the other, vectors take the dtype that they have there.
-        bias_dtype, scale_dtype = _vector_dtypes(pieces, naming, always=quantizer is not None)
+        always = quantizer is not None
+        bias_dtype, scale_dtype = _vector_dtypes(pieces.values(), naming, always=always)
     sources: dict[str, TensorSource] = {}
     unnested: list[NF4Weight] = []
-    for full_name, piece in pieces.by_name.items():
+    for full_name, piece in pieces.items():
         outlined = piece.outline()
         if quantizer and isinstance(outlined, Tensor) and outlined.dim() == 2:
             sources.update(_to_quantize(full_name, piece, quantizer))
             continue
         if isinstance(outlined, NF4Weight):
-            sources.update(_quantized(full_name, outlined, piece.read))
+            sources.update(quantized_sources(full_name, outlined, piece.read))
             if piece.loses_nesting:
                 unnested.append(outlined)
             continue
@@ -173,7 +175,7 @@ def _plan_transformer(
 
 
 def _vector_dtypes(
-    pieces: _Pieces, naming: Naming, *, always: bool
+    pieces: Collection[Piece], naming: Naming, *, always: bool
 ) -> tuple[torch.dtype | None, torch.dtype | None]:
     """What biases and norms are stored as in a layout; None for those that it cannot hold."""
     bias_dtype = torch.bfloat16
@@ -181,8 +183,8 @@ def _vector_dtypes(
     if always:
         return bias_dtype, scale_dtype
     return (
-        _common_dtype(pieces.ending(".bias"), bias_dtype),
-        _common_dtype(pieces.ending(".scale"), scale_dtype),
+        _common_dtype((each for each in pieces if each.name.endswith(".bias")), bias_dtype),
+        _common_dtype((each for each in pieces if each.name.endswith(".scale")), scale_dtype),
     )
 
 
@@ -231,18 +233,10 @@ def _transformer_notes(form: Form, unnested: list[NF4Weight]) -> tuple[str, ...]
 def _plain(
     full_name: str, piece: Piece, dtype: torch.dtype, naming: Naming
 ) -> dict[str, TensorSource]:
-    shape = tuple(piece.outline().shape)
-    is_convolution = naming != "diffusers" and piece.name in VAE_CONVOLUTION_AS_LINEAR
-    if is_convolution and len(shape) == 2:
-        shape = (*shape, 1, 1)
-    make = partial(_make_plain, piece, dtype, shape)
-    return {full_name: TensorSource(dtype=dtype, shape=shape, make=make)}
-
-
-def _make_plain(piece: Piece, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    entry = piece.read()
-    assert isinstance(entry, Tensor)
-    return cast_within_range(piece.name, entry, dtype).reshape(shape)
+    outlined, as_convolution = piece.outline(), naming != "diffusers"
+    assert isinstance(outlined, Tensor)
+    source = plain_source(piece.name, outlined, dtype, piece.read, as_convolution=as_convolution)
+    return {full_name: source}
 
 
 def _to_quantize(full_name: str, piece: Piece, quantizer: Quantizer) -> dict[str, TensorSource]:
@@ -250,40 +244,10 @@ def _to_quantize(full_name: str, piece: Piece, quantizer: Quantizer) -> dict[str
     matrix = piece.outline()
     assert isinstance(matrix, Tensor)
     outlined = quantizer.outline(name, matrix, piece.read)
-    return _quantized(full_name, outlined, partial(_make_weight, name, piece, quantizer))
+    return quantized_sources(full_name, outlined, partial(_make_weight, name, piece, quantizer))
 
 
 def _make_weight(name: str, piece: Piece, quantizer: Quantizer) -> NF4Weight:
     matrix = piece.read()
     assert isinstance(matrix, Tensor)
     return quantizer.quantize(name, matrix)
-
-
-def _quantized(
-    full_name: str, outlined: NF4Weight, read: Callable[[], Entry]
-) -> dict[str, TensorSource]:
-    make_all = partial(_make_quantized, read, full_name)
-    return {
-        name: TensorSource(
-            dtype=tensor.dtype,
-            shape=tuple(tensor.shape),
-            # The small companions are values already; the rest are outlines, made when due.
-            make=partial(_one_of, make_all, name) if tensor.is_meta else partial(_given, tensor),
-            make_all=make_all,
-        )
-        for name, tensor in tensors_from_weight(full_name, outlined).items()
-    }
-
-
-def _make_quantized(read: Callable[[], Entry], full_name: str) -> dict[str, Tensor]:
-    weight = read()
-    assert isinstance(weight, NF4Weight)
-    return tensors_from_weight(full_name, weight)
-
-
-def _one_of(make_all: Callable[[], dict[str, Tensor]], name: str) -> Tensor:
-    return make_all()[name]
-
-
-def _given(tensor: Tensor) -> Tensor:
-    return tensor

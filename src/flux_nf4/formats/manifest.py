@@ -16,6 +16,7 @@ from flux_nf4.errors import FluxNF4Error, FormatError
 from flux_nf4.formats.atomic import disk_error
 from flux_nf4.formats.strictjson import parse_json
 from flux_nf4.formats.tensorfile import TensorFile, tensor_bytes
+from flux_nf4.formats.verification import file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 FORMAT = "flux-nf4 manifest 1"
 
-_CHUNK_BYTES = 1 << 24
 _MAX_BYTES = 25_000_000  # that of a model of 2,384 tensors has 0.4
 _AGAIN = "get it again, or quantise anew; if you changed it yourself, remove the manifest"
 
@@ -131,16 +131,6 @@ def _check_file(
         found.add("file", f"`{path}` does not have the sha256 of its manifest", _AGAIN)
         if entry["tensors"]:
             _name_tensors(found, path, entry["tensors"])
-
-
-def file_sha256(path: Path, on_bytes: Callable[[int], None] = lambda _num_bytes: None) -> str:
-    """The sha256 of a file; `on_bytes` hears of what was read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            on_bytes(len(chunk))
-    return digest.hexdigest()
 
 
 def _name_tensors(found: Verification, path: Path, hashes: Mapping[str, str]) -> None:

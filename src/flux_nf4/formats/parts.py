@@ -13,7 +13,7 @@ from flux_nf4.errors import FormatError, InputError, ModelNotFoundError
 from flux_nf4.formats import folder
 from flux_nf4.formats.canonical import StoredTensor, list_names, read_component
 from flux_nf4.formats.facts import Facts
-from flux_nf4.formats.keymap import PREFIXES
+from flux_nf4.formats.keymap import split_prefix
 from flux_nf4.formats.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def _open_file(kind: ComponentKind, path: Path) -> Component:
     file = TensorFile(path)
     tensors: dict[str, StoredTensor] = {}
     for full_name in file.names:
-        fitting = ((prefix, found) for prefix, found in PREFIXES if full_name.startswith(prefix))
-        prefix, found = next(fitting, ("", kind))
-        name = full_name.removeprefix(prefix)
+        found, name = split_prefix(full_name, kind)
         if found != kind:
             continue
         if name in tensors:

@@ -19,11 +19,13 @@ from flux_nf4.errors import FluxNF4Error
 from flux_nf4.formats.facts import FLUX_1_DEV, FLUX_1_SCHNELL, Facts
 from flux_nf4.formats.headerfile import OpenedHeader, open_header
 from flux_nf4.formats.keymap import (
-    JUNK,
-    PREFIXES,
+    MAX_STATE_BYTES,
+    QUANTIZED_KINDS,
     STATE_PREFIX,
     T5_EMBEDDING_COPY,
-    split_companion,
+    Kind,
+    separate,
+    split_prefix,
     table_for,
     variant_name,
 )
@@ -33,9 +35,8 @@ if TYPE_CHECKING:
     from flux_nf4.formats.checkpoint import Checkpoint
     from flux_nf4.formats.header import TensorInfo
 
-_KINDS = ("transformer", "t5", "clip", "vae")
+_KINDS: tuple[Kind, ...] = ("transformer", "t5", "clip", "vae")
 _LABELS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F8_E4M3": "fp8", "F8_E5M2": "fp8 e5m2"}
-_MAX_STATE_BYTES = 4096
 _PLAIN_STATISTICS = {"absmax": "F32", "quant_map": "F32"}
 _NESTED_STATISTICS = {
     "absmax": "U8",
@@ -160,12 +161,11 @@ def _survey_file(path: Path) -> Survey | None:
     )
 
 
-def _groups(infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    groups: dict[str, dict[str, TensorInfo]] = {}
+def _groups(infos: Mapping[str, TensorInfo]) -> dict[Kind, dict[str, TensorInfo]]:
+    groups: dict[Kind, dict[str, TensorInfo]] = {}
     for full_name, info in infos.items():
-        fitting = ((prefix, kind) for prefix, kind in PREFIXES if full_name.startswith(prefix))
-        prefix, kind = next(fitting, ("", "transformer"))
-        group, name = groups.setdefault(kind, {}), full_name.removeprefix(prefix)
+        kind, name = split_prefix(full_name)
+        group = groups.setdefault(kind, {})
         if name in group or name == T5_EMBEDDING_COPY:
             raise _odd(full_name)
         group[name] = info
@@ -173,17 +173,10 @@ def _groups(infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]
 
 
 def _forms(
-    kind: str, infos: Mapping[str, TensorInfo], opened: OpenedHeader
+    kind: Kind, infos: Mapping[str, TensorInfo], opened: OpenedHeader
 ) -> Iterator[tuple[str, int, int]]:
     """How each entry of a part is stored, its bytes, and how many axes it has."""
-    plain: dict[str, TensorInfo] = {}
-    companions: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in infos.items():
-        split = split_companion(name)
-        if split is not None:
-            companions.setdefault(split[0], {})[split[1]] = info
-        elif name not in JUNK[kind]:
-            plain[name] = info
+    plain, companions = separate(kind, infos)
     _check_plain(kind, plain, companions)
     for name, info in plain.items():
         if name in companions:
@@ -208,8 +201,8 @@ def _check_plain(
     required = table.required({inverse[name][0] for name in plain})
     if {name for each in required for name in table.names[each]} - plain.keys():
         raise _odd("missing names")
-    if companions and kind != "transformer":
-        raise _odd("a quantised text encoder")
+    if companions and kind not in QUANTIZED_KINDS:
+        raise _odd(f"a quantised {kind}")
 
 
 def _quantized(
@@ -241,7 +234,7 @@ def _state(companions: Mapping[str, TensorInfo], opened: OpenedHeader) -> dict[s
     """The JSON text of a weight; whatever is wrong with it is `checkpoint`'s to say."""
     (suffix,) = [suffix for suffix in companions if suffix.startswith(STATE_PREFIX)]
     info = companions[suffix]
-    if info.num_bytes > _MAX_STATE_BYTES:
+    if info.num_bytes > MAX_STATE_BYTES:
         raise _odd(suffix)
     os.lseek(opened.descriptor, opened.data_start + info.start, os.SEEK_SET)
     data = os.read(opened.descriptor, info.num_bytes)

@@ -13,7 +13,6 @@ import mmap
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, BinaryIO
@@ -166,14 +165,15 @@ class TensorSource:
     make: Callable[[], Tensor]
     make_all: Callable[[], Mapping[str, Tensor]] | None = None
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSource:
+        """Values that are there."""
+        return cls(dtype=tensor.dtype, shape=tuple(tensor.shape), make=lambda: tensor)
+
     @property
     def num_bytes(self) -> int:
         """How long the values are."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def write_tensor_file(
@@ -187,12 +187,7 @@ def write_tensor_file(
         DiskError: it could not be written; nothing is left behind.
         FormatError: a name or a dtype that safetensors does not have.
     """
-    sources = {
-        name: TensorSource(
-            dtype=tensor.dtype, shape=tuple(tensor.shape), make=partial(_same, tensor)
-        )
-        for name, tensor in tensors.items()
-    }
+    sources = {name: TensorSource.of(tensor) for name, tensor in tensors.items()}
     write_sources(path, sources, metadata=metadata)
 
 

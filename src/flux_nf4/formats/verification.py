@@ -17,10 +17,10 @@ import torch
 from flux_nf4.errors import FluxNF4Error, FormatError, InputError, ModelNotFoundError
 from flux_nf4.formats import folder
 from flux_nf4.formats.bnb import check_absmax_is_finite, weight_from_tensors
-from flux_nf4.formats.canonical import StoredTensor
+from flux_nf4.formats.canonical import StoredTensor, drop_embedding_copy
 from flux_nf4.formats.component import COMPONENT_KINDS, STORED_AS, Entry
 from flux_nf4.formats.facts import Facts
-from flux_nf4.formats.keymap import JUNK, PREFIXES, T5_EMBEDDING_COPY, split_companion, table_for
+from flux_nf4.formats.keymap import QUANTIZED_KINDS, separate, split_prefix, table_for
 from flux_nf4.formats.schema import Shape, expected_shapes
 from flux_nf4.formats.tensorfile import TensorFile
 from flux_nf4.nf4.codec import NF4Weight
@@ -91,25 +91,31 @@ def verify(
     with_sha256: bool = False,
     on_bytes: Callable[[int], None] = lambda _num_bytes: None,
 ) -> Verification:
-    """Look through a file, or a Diffusers folder; `on_bytes` hears of what was read.
+    """Look through a file, a Diffusers folder, or the one file of a folder.
+
+    `on_bytes` hears of what was read.
 
     Raises:
         ModelNotFoundError: nothing is there.
-        InputError: the path is empty or a device, or a hash is asked of a folder.
+        FormatError: a folder whose `config.json` is damaged, so that nothing tells what it holds.
+        InputError: the path is empty or a device, a hash is asked of a folder, or a folder holds
+            several files that may be meant.
     """
     if not str(path) or "\0" in str(path):
         raise InputError(f"the path {str(path)!r} is no path")
     path = Path(path)
-    found = Verification(path=path)
     try:
         if not path.exists():
             raise ModelNotFoundError(f"there is no model at `{path}`")
+        if path.is_dir() and with_sha256:
+            raise InputError(f"`{path}` is a folder, and has no hash", hint="name one of its files")
+        if path.is_dir() and not (folder.is_diffusers_folder(path) or folder.is_part_folder(path)):
+            path = folder.lone_file(path)
         is_folder = path.is_dir()
     except OSError as error:
         raise ModelNotFoundError(f"cannot open `{path}`: {error.strerror or error}") from error
+    found = Verification(path=path)
     if is_folder:
-        if with_sha256:
-            raise InputError(f"`{path}` is a folder, and has no hash", hint="name one of its files")
         _verify_folder(found, on_bytes)
         return found
     if not path.is_file():
@@ -177,9 +183,8 @@ def _groups(found: Verification, file: TensorFile) -> dict[ComponentKind, dict[s
     bare = _kind_of_bare_names(file.names)
     groups: dict[ComponentKind, dict[str, StoredTensor]] = {}
     for full_name in file.names:
-        fitting = ((prefix, kind) for prefix, kind in PREFIXES if full_name.startswith(prefix))
-        prefix, kind = next(fitting, ("", bare))
-        group, name = groups.setdefault(kind, {}), full_name.removeprefix(prefix)
+        kind, name = split_prefix(full_name, bare)
+        group = groups.setdefault(kind, {})
         if name in group:
             found.add(kind, f"`{full_name}` and `{group[name].name}` are one tensor twice")
         group[name] = StoredTensor(file, full_name)
@@ -191,6 +196,7 @@ def _kind_of_bare_names(names: Iterable[str]) -> ComponentKind:
     marks: dict[str, ComponentKind] = {
         "encoder.block.": "t5",
         "text_model.": "clip",
+        "encoder.layers.": "clip",
         "decoder.conv_in.": "vae",
     }
     telling = (kind for name in names for mark, kind in marks.items() if name.startswith(mark))
@@ -232,15 +238,12 @@ def _separate(
     found: Verification, kind: ComponentKind, tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, StoredTensor], dict[str, dict[str, StoredTensor]]]:
     """Weights, and the statistics of those that are quantised."""
-    plain: dict[str, StoredTensor] = {}
-    companions: dict[str, dict[str, StoredTensor]] = {}
-    junk = JUNK[kind] | ({T5_EMBEDDING_COPY} if "shared.weight" in tensors else set())
-    for name, stored in tensors.items():
-        split = split_companion(name)
-        if split is not None:
-            companions.setdefault(split[0], {})[split[1]] = stored
-        elif name not in junk:
-            plain[name] = stored
+    plain, companions = separate(kind, tensors)
+    if kind == "t5":
+        try:
+            drop_embedding_copy(plain, found.path)
+        except FormatError as error:
+            found.add(kind, error.message, error.hint)
     for name in sorted(companions.keys() - plain.keys()):
         found.add(kind, f"`{name}` is missing, and its quantisation statistics are there")
     return plain, companions
@@ -258,8 +261,10 @@ def _verify_entry(
             found.add(kind, f"`{stored.name}` is {tensor.dtype} and has no statistics beside it")
             return None
         return tensor
-    if kind != "transformer":
-        found.add(kind, f"`{stored.name}` is quantised, which is read in the transformer only")
+    if kind not in QUANTIZED_KINDS:
+        found.add(
+            kind, f"`{stored.name}` is quantised, which is read in the transformer and T5 only"
+        )
         return None
     try:
         return weight_from_tensors(
@@ -344,7 +349,10 @@ def _verify_reference(found: Verification, on_bytes: Callable[[int], None] | Non
     found.reference = reference.name if reference else ""
     if on_bytes is None:
         return
-    found.sha256 = _hash(found.path, on_bytes)
+    try:
+        found.sha256 = file_sha256(found.path, on_bytes)
+    except OSError as error:
+        raise ModelNotFoundError(f"cannot read `{found.path}`: {error.strerror}") from error
     if reference is not None and found.sha256 != reference.sha256:
         found.add(
             "file",
@@ -353,13 +361,11 @@ def _verify_reference(found: Verification, on_bytes: Callable[[int], None] | Non
         )
 
 
-def _hash(path: Path, on_bytes: Callable[[int], None]) -> str:
+def file_sha256(path: Path, on_bytes: Callable[[int], None] = lambda _num_bytes: None) -> str:
+    """The sha256 of a file; `on_bytes` hears of what was read."""
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                on_bytes(len(chunk))
-    except OSError as error:
-        raise ModelNotFoundError(f"cannot read `{path}`: {error.strerror or error}") from error
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            on_bytes(len(chunk))
     return digest.hexdigest()

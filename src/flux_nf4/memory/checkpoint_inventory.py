@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux_nf4.errors import FormatError
 from flux_nf4.formats.headerfile import open_header
-from flux_nf4.formats.keymap import JUNK, PREFIXES, split_companion, table_for
+from flux_nf4.formats.keymap import separate, split_prefix, table_for
 from flux_nf4.formats.schema import expected_shapes
 from flux_nf4.formats.survey import Survey, survey
 from flux_nf4.memory.inventory import Entries, Inventory, Stored, take_inventory
@@ -61,12 +62,12 @@ _BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp8": 8}
 _STATISTICS = ("absmax", "nested_absmax", "nested_quant_map")  # what a loaded layer keeps
 
 
-def flux_1_dev(form: str = "nf4 v2", *, t5_form: str = "fp8") -> Inventory:
+def flux_1_dev(form: str = "nf4 v2") -> Inventory:
     """FLUX.1-dev with its transformer stored as `form`: `nf4 v2`, `nf4 v1`, `fp8` or `bf16`."""
-    return take_inventory(f"FLUX.1-dev {form}", _flux_1_dev_entries(form, t5_form))
+    return take_inventory(f"FLUX.1-dev {form}", _flux_1_dev_entries(form))
 
 
-def read_inventory(path: str | Path, *, compute_bytes: int = 2) -> tuple[Inventory, Survey]:
+def read_inventory(path: str | Path) -> tuple[Inventory, Survey]:
     """What a checkpoint holds, sorted into units, beside its survey.
 
     Raises:
@@ -74,37 +75,51 @@ def read_inventory(path: str | Path, *, compute_bytes: int = 2) -> tuple[Invento
     """
     surveyed = survey(path)
     entries = _plain_entries(surveyed.path) or _checkpoint_entries(surveyed.path)
+    for kind in _FLUX_1_DEV:
+        if kind in entries:
+            _check_shapes(surveyed.path, kind, entries[kind])
     form = surveyed.quantization if surveyed.quantization in _BITS else "nf4 v2"
-    complete = {**_flux_1_dev_entries(form, "fp8"), **entries}
+    complete = {**_flux_1_dev_entries(form), **entries}
     name = f"{surveyed.facts.name} {surveyed.quantization}"
-    return take_inventory(name, complete, compute_bytes=compute_bytes), surveyed
+    return take_inventory(name, complete), surveyed
+
+
+def _check_shapes(path: Path, kind: ComponentKind, entries: Entries) -> None:
+    # BFL's VAE has attention as 1 x 1 convolutions: the same numbers as matrices.
+    shapes = {
+        name: each.shape[:2] if each.shape[2:] == (1, 1) and "attentions" in name else each.shape
+        for name, each in entries.items()
+    }
+    try:
+        expected = expected_shapes(kind, shapes)
+    except FormatError as error:
+        raise FormatError(f"`{path}`: {error.message}", hint=error.hint) from error
+    wrong = next((name for name in shapes if shapes[name] != expected.get(name)), None)
+    if wrong is not None:
+        raise FormatError(
+            f"`{path}`: `{wrong}` of the {kind} part has the impossible shape "
+            f"{list(shapes[wrong])}",
+            hint="`flux-nf4 verify` lists everything that is wrong with it",
+        )
 
 
 def _plain_entries(path: Path) -> dict[str, Entries] | None:
     """From the header; None where that does not tell: a folder, or weights in pieces."""
     if not path.is_file():
         return None
-    groups: dict[str, dict[str, TensorInfo]] = {}
+    groups: dict[ComponentKind, dict[str, TensorInfo]] = {}
     with open_header(path) as opened:
         for full_name, info in opened.header.infos.items():
-            fitting = (pair for pair in PREFIXES if full_name.startswith(pair[0]))
-            prefix, kind = next(fitting, ("", "transformer"))
-            groups.setdefault(kind, {})[full_name.removeprefix(prefix)] = info
+            kind, name = split_prefix(full_name)
+            groups.setdefault(kind, {})[name] = info
     try:
         return {kind: _plain_part(kind, infos) for kind, infos in groups.items()}
     except LookupError:
         return None
 
 
-def _plain_part(kind: str, infos: Mapping[str, TensorInfo]) -> Entries:
-    plain: dict[str, TensorInfo] = {}
-    companions: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in infos.items():
-        split = split_companion(name)
-        if split is not None:
-            companions.setdefault(split[0], {})[split[1]] = info
-        elif name not in JUNK[kind]:
-            plain[name] = info
+def _plain_part(kind: ComponentKind, infos: Mapping[str, TensorInfo]) -> Entries:
+    plain, companions = separate(kind, infos)
     table = table_for(kind, plain)
     inverse = table.inverse()
     entries = {}
@@ -116,7 +131,11 @@ def _plain_part(kind: str, infos: Mapping[str, TensorInfo]) -> Entries:
             form = _FORMS[info.dtype_name]
             entries[canonical] = Stored(shape=info.shape, form=form, num_bytes=info.num_bytes)
             continue
-        (num_rows,) = plain[f"{name.removesuffix('weight')}bias"].shape
+        # Its shape is in a text that is not read here; a bias tells it without.
+        bias = plain[f"{name.removesuffix('weight')}bias"].shape
+        num_rows = bias[0] if len(bias) == 1 else 0
+        if num_rows == 0:
+            raise LookupError(name)
         statistics = [companions[name][each] for each in companions[name] if each in _STATISTICS]
         entries[canonical] = Stored(
             shape=(num_rows, 2 * info.num_bytes // num_rows),
@@ -155,8 +174,8 @@ def flux_1_dev_shapes() -> dict[ComponentKind, dict[str, tuple[int, ...]]]:
     return {kind: expected_shapes(kind, shapes) for kind, shapes in _FLUX_1_DEV.items()}
 
 
-def _flux_1_dev_entries(form: str, t5_form: str) -> dict[str, Entries]:
-    forms = {"transformer": form, "t5": t5_form, "clip": "fp16", "vae": "bf16"}
+def _flux_1_dev_entries(form: str) -> dict[str, Entries]:
+    forms = {"transformer": form, "t5": "fp8", "clip": "fp16", "vae": "bf16"}
     return {
         kind: {name: _as_stored(shape, forms[kind]) for name, shape in shapes.items()}
         for kind, shapes in flux_1_dev_shapes().items()

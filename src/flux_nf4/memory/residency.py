@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flux_nf4.errors import FluxNF4Error
 from flux_nf4.memory.inventory import FIXED, T5_TOKENS
 from flux_nf4.nf4 import scratch
 
@@ -54,6 +53,11 @@ class Move:
     target: Tensor | None = field(compare=False)
     after: Mark = field(compare=False)
     moved: Future[Mark] = field(compare=False, default_factory=Future)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the buffer holds nothing and will not, as is known by now."""
+        return self.moved.done() and self.moved.exception() is not None
 
     def call_off(self) -> bool:
         """Forget the buffer -> whether that was in time. A queue may hold the move for long."""
@@ -108,7 +112,7 @@ class Mover:
         try:
             with torch.inference_mode(mode=False):
                 mark = self._moved(move)
-        except (FluxNF4Error, RuntimeError, OSError, MemoryError) as error:
+        except BaseException as error:  # noqa: BLE001  whoever waits raises it, or waits for ever
             traceback.clear_frames(error.__traceback__)
             move.target = None
             move.moved.set_exception(error)
@@ -122,8 +126,10 @@ class Mover:
         num_bytes = contents.num_bytes
         host = self._host.get(move.unit)
         if host is None and home in ("pinned", "pageable"):
-            is_pinned = home == "pinned"
-            host = self._device.pin(num_bytes) if is_pinned else _pageable(num_bytes)
+            if home == "pinned":
+                host = self._device.pin(num_bytes)
+            else:
+                host = torch.empty(num_bytes, dtype=torch.uint8)
             contents.fill(host, self._readers)
             self._host[move.unit] = host
         self.moved_bytes += num_bytes
@@ -155,10 +161,6 @@ def _work(mover_ref: weakref.ref[Mover], moves: PriorityQueue[Move]) -> None:
             return
         mover.do(move)
         del mover, move
-
-
-def _pageable(num_bytes: int) -> Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -219,12 +221,15 @@ class Residency:
         return self._placements[self._units[module]].use == "streamed"
 
     def adopt(self, plan: Plan) -> None:
-        """Follow another plan from now on; what it keeps begins to load.
+        """Follow another plan from now on; what it keeps begins to load, or to load once more.
 
         Raises:
             torch.OutOfMemoryError: there is no room for what is kept.
         """
-        if plan is self.plan:
+        failed = [unit for unit, move in self._pending.items() if move.has_failed]
+        for unit in failed:
+            self._drop(unit)
+        if plan is self.plan and not failed:
             return
         self.plan = plan
         self._placements = {each.unit.name: each for each in plan.placements}
@@ -286,16 +291,18 @@ class Residency:
             if unit not in self._kept:
                 self._take(running, unit)
             self._advance(running)
-        move = self._pending.pop(unit, None)
+        move = self._pending.get(unit)
         if move is not None:
             self.device.wait(move.moved.result())
+            del self._pending[unit]
 
     def _take(self, running: _Running, unit: str) -> None:
         if unit in running.loop and (not running.ahead or running.ahead[0][0] != unit):
             return  # it has been there since the first step
-        expected, slot, move = running.ahead.popleft()
+        expected, slot, move = running.ahead[0]
         assert expected == unit, f"{unit} was asked for before {expected}"
         self.device.wait(move.moved.result())
+        running.ahead.popleft()
         contents = self._contents[unit]
         views = running.views.get((unit, slot))
         if views is None:
@@ -347,9 +354,7 @@ class Residency:
 
     def _await(self, move: Move) -> None:
         """Let no memory go that a copy still writes to."""
-        if move.call_off():
-            return
-        with contextlib.suppress(FluxNF4Error, RuntimeError, OSError, MemoryError):
+        if not move.call_off() and move.moved.exception() is None:
             self.device.wait(move.moved.result())
 
 

@@ -77,7 +77,11 @@ def _fastest_backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
 
 
 def _milliseconds(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """Milliseconds of some calls after a first; infinite where the back end refuses the inputs."""
+    """Milliseconds of some calls after a first; infinite where the back end refuses the inputs.
+
+    Raises:
+        torch.OutOfMemoryError: no room for a call, which says nothing of the back end.
+    """
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with warnings.catch_warnings(), sdpa_kernel(backend):
         warnings.simplefilter("ignore")  # the reasons for which one is not available
@@ -88,6 +92,8 @@ def _milliseconds(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> float
             for _ in range(NUM_TIMED_CALLS):
                 F.scaled_dot_product_attention(q, k, v)
             stop.record()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             return float("inf")
     stop.synchronize()

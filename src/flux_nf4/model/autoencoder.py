@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flux_nf4.errors import FormatError
 from flux_nf4.formats.facts import FLUX_1_DEV
 from flux_nf4.model.assemble import assemble, check_compute_dtype
-from flux_nf4.model.sizes import count_blocks, has_any, shape_of
+from flux_nf4.model.sizes import count_blocks, shape_of
 from flux_nf4.model.strips import decode_in_strips, encode_in_strips
 from flux_nf4.model.vae import RGB, Vae, VaeConfig
 
@@ -149,9 +149,6 @@ def build_autoencoder(
         num_resnets=count_blocks(component, "encoder.down_blocks.0.resnets"),
         latent_channels=shape_of(component, "decoder.conv_in.weight", num_axes=4)[1],
         norm_groups=groups,
-        has_quant_conv=has_any(component, "quant_conv."),
-        has_post_quant_conv=has_any(component, "post_quant_conv."),
-        has_mid_attention=has_any(component, "decoder.mid_block.attentions."),
     )
     with torch.device("meta"):
         model = Vae(config)

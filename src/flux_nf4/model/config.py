@@ -63,7 +63,6 @@ def axes_for_head(head_dim: int) -> tuple[int, int, int]:
 
 
 FLUX_1_DEV_CONFIG = FluxConfig()
-FLUX_1_SCHNELL_CONFIG = FluxConfig(guidance_embed=False)
 
 
 def tiny(

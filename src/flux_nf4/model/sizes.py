@@ -35,7 +35,7 @@ def flux_config(component: Component) -> FluxConfig:
             context_dim=matrix_shape(component, "txt_in.weight")[1],
             pooled_dim=matrix_shape(component, "vector_in.in_layer.weight")[1],
             axes_dim=axes_for_head(head_dim),
-            guidance_embed=has_any(component, "guidance_in."),
+            guidance_embed=any(name.startswith("guidance_in.") for name in component.entries),
         )
     except (InputError, ZeroDivisionError) as error:
         raise FormatError(
@@ -90,11 +90,6 @@ def shape_of(component: Component, name: str, *, num_axes: int) -> tuple[int, ..
             "none of them empty"
         )
     return shape
-
-
-def has_any(component: Component, prefix: str) -> bool:
-    """Whether there is an entry whose name starts so."""
-    return any(name.startswith(prefix) for name in component.entries)
 
 
 def entry_shape(component: Component, name: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ second is captured, graph by graph, each replayed as soon as it is there.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable
 from functools import cache
@@ -25,14 +26,18 @@ from flux_nf4.nf4.scratch import scratch_buffer
 LEAST_CALLS = 4  # fewer repay no capture
 
 
+class CaptureError(Exception):
+    """A step cannot be captured. Weights may have moved on meanwhile: it must begin again."""
+
+
 class StepGraph:
     """`FluxBlocks.forward` without gradients, on CUDA; calls of another shape run as they are.
 
-    `is_moving` tells of a block whether its weights come and go. Where the first graph cannot be
-    captured, for want of memory or of a device that can, all further calls run as they are.
+    `is_moving` tells of a block whether its weights come and go.
 
     Raises:
-        torch.OutOfMemoryError: no room for a step; or none for a graph, where weights move.
+        CaptureError: for want of memory, or of a device that can.
+        torch.OutOfMemoryError: no room for a step as it is.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class StepGraph:
         self._inputs: tuple[Tensor, ...] = ()
         self._output: Tensor | None = None
         self._scratch: Tensor | None = None  # graphs write to it: it must not become another's
-        self._is_warm = self._has_failed = False
+        self._is_warm = False
 
     @staticmethod
     def is_possible(device: torch.device) -> bool:
@@ -62,72 +67,88 @@ class StepGraph:
         # not be born inside a capture: so all calls run beside it, each in its turn.
         caller = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
-            velocity_BLC = self._run(img_BLC, txt_BTD, modulation_BM, rope_2SF)
-        caller.wait_stream(self._stream)
-        return velocity_BLC
+        try:
+            with torch.cuda.stream(self._stream):
+                return self._run(img_BLC, txt_BTD, modulation_BM, rope_2SF)
+        finally:
+            caller.wait_stream(self._stream)
 
     def _run(self, *inputs: Tensor) -> Tensor:
-        if not self._is_warm or self._has_failed:
+        if not self._is_warm:
             self._is_warm = True
             return self._blocks(*inputs)
         if self._output is None:
-            self._capture(inputs)
-        elif any(held.shape != new.shape for held, new in zip(self._inputs, inputs, strict=True)):
+            return self._captured(inputs)
+        if any(held.shape != new.shape for held, new in zip(self._inputs, inputs, strict=True)):
             return self._blocks(*inputs)
-        else:
-            for held, new in zip(self._inputs, inputs, strict=True):
-                held.copy_(new)
-            for block, graph in self._segments:
-                if block is not None:
-                    call_hooks(block)
-                graph.replay()
-        return self._blocks(*inputs) if self._output is None else self._output.clone()
+        for held, new in zip(self._inputs, inputs, strict=True):
+            held.copy_(new)
+        for block, graph in self._segments:
+            if block is not None:
+                call_hooks(block)
+            graph.replay()
+        return self._output.clone()
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+    def _captured(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The result of a call whose graphs are kept, if all of them could be captured."""
         torch.cuda.empty_cache()  # the first call's memory is not the graphs'
-        self._inputs = tuple(each.clone() for each in inputs)
-        pool = torch.cuda.graph_pool_handle()
-        was_moving = False
-
-        def begin(block: nn.Module | None) -> None:
-            graph = torch.cuda.CUDAGraph()
-            # Only this thread is held to what a capture allows: another loads weights.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            self._segments.append((block, graph))
+        held = tuple(each.clone() for each in inputs)
+        capture, was_moving = _Capture(), False
 
         def on_block(block: nn.Module) -> None:
             nonlocal was_moving
             is_moving = self._is_moving(block)
             if is_moving or was_moving:
-                graph = self._segments[-1][1]
-                graph.capture_end()
-                graph.replay()
+                capture.end()
                 call_hooks(block)
-                begin(block)
+                capture.begin(block)
             was_moving = is_moving
 
         self._blocks.on_block = on_block
         gc.disable()  # what it frees of others may be nothing that a capture allows
         try:
-            begin(None)
-            try:
-                output = self._blocks(*self._inputs)
-            finally:
-                self._segments[-1][1].capture_end()
-            self._segments[-1][1].replay()
-        except RuntimeError:  # out of memory, mostly; no error of our own comes from here
-            # Before the second graph no weights have moved: the call may begin again as it is.
-            self._has_failed = len(self._segments) <= 1
-            self._segments.clear()
-            self._inputs = ()
-            if not self._has_failed:
-                raise
-        else:
-            self._output, self._scratch = output, scratch_buffer(inputs[0].device)
+            capture.begin(None)
+            output = self._blocks(*held)
+            capture.end()
+        except RuntimeError as error:  # out of memory, mostly
+            raise CaptureError(str(error).partition("\n")[0]) from error
         finally:
+            capture.abandon()
             gc.enable()
             self._blocks.on_block = call_hooks
+        self._segments, self._inputs, self._output = capture.segments, held, output
+        self._scratch = scratch_buffer(held[0].device)
+        return output.clone()
+
+
+class _Capture:
+    """Graphs that are captured one after the other, each replayed as soon as it is there."""
+
+    def __init__(self) -> None:
+        self.segments: list[tuple[nn.Module | None, torch.cuda.CUDAGraph]] = []
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def begin(self, block: nn.Module | None) -> None:
+        """Capture what follows, which begins at a block."""
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread is held to what a capture allows: another loads weights.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self.segments.append((block, graph))
+        self._graph = graph
+
+    def end(self) -> None:
+        """Capture no more, and do what was captured."""
+        graph, self._graph = self._graph, None
+        assert graph is not None
+        graph.capture_end()
+        graph.replay()
+
+    def abandon(self) -> None:
+        """Capture no more, if anything still is."""
+        if self._graph is not None:
+            with contextlib.suppress(RuntimeError):  # it tells again what went wrong
+                self._graph.capture_end()
 
 
 @cache

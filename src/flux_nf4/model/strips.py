@@ -40,8 +40,6 @@ class Map:
 
 def decode_in_strips(model: Any, latents_1CHW: Tensor) -> Tensor:
     """As `AutoencoderKL.decode`: (1, C, H, W) -> (1, 3, 8 * H, 8 * W)."""
-    if model.post_quant_conv is not None:
-        latents_1CHW = model.post_quant_conv(latents_1CHW)
     decoder = model.decoder
     current = _held(decoder.mid_block(decoder.conv_in(latents_1CHW)))
     for block in decoder.up_blocks:
@@ -62,8 +60,7 @@ def encode_in_strips(model: Any, image_13HW: Tensor) -> Tensor:
         for downsampler in block.downsamplers or ():
             current = _held(_filled(_halved(current, downsampler.conv)))
     mixed = encoder.mid_block(current.read(0, current.height))
-    moments = encoder.conv_out(F.silu(encoder.conv_norm_out(mixed)))
-    return moments if model.quant_conv is None else model.quant_conv(moments)
+    return encoder.conv_out(F.silu(encoder.conv_norm_out(mixed)))
 
 
 def _held(x_1CHW: Tensor) -> Map:

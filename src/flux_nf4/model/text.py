@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_nf4.errors import FormatError, InputError
+from flux_nf4.formats.keymap import CLIP_PROJECTION
 from flux_nf4.model.assemble import assemble, check_compute_dtype
 from flux_nf4.model.clip import HEAD_DIM, ClipConfig, ClipText
 from flux_nf4.model.sizes import count_blocks, matrix_shape
@@ -23,8 +24,6 @@ from flux_nf4.model.t5 import NUM_BUCKETS, T5, T5Config
 if TYPE_CHECKING:
     from flux_nf4.formats.component import Component
     from flux_nf4.formats.facts import Facts
-
-CLIP_PROJECTION = "text_projection.weight"
 
 
 class T5Encoder(nn.Module):
@@ -166,9 +165,7 @@ def build_clip(
 
 
 def _without_projection(component: Component) -> Component:
-    if CLIP_PROJECTION not in component.entries:
-        return component
-    matrix_shape(component, CLIP_PROJECTION)
-    entries = {name: component.entries[name] for name in component.entries}
-    del entries[CLIP_PROJECTION]
+    if CLIP_PROJECTION in component.entries:
+        matrix_shape(component, CLIP_PROJECTION)
+    entries = {name: entry for name, entry in component.entries.items() if name != CLIP_PROJECTION}
     return replace(component, entries=entries)

@@ -26,35 +26,22 @@ class VaeConfig:
     num_resnets: int
     latent_channels: int
     norm_groups: int
-    has_quant_conv: bool
-    has_post_quant_conv: bool
-    has_mid_attention: bool
 
 
 class Vae(nn.Module):
-    """Encoder and decoder, and the 1 x 1 convolutions between them where a checkpoint has them."""
+    """Encoder and decoder; FLUX's has no 1 x 1 convolutions between them, as older ones have."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         self.config = config
-        channels = config.latent_channels
         self.encoder, self.decoder = _Encoder(config), _Decoder(config)
-        self.quant_conv = (
-            nn.Conv2d(2 * channels, 2 * channels, 1) if config.has_quant_conv else None
-        )
-        self.post_quant_conv = (
-            nn.Conv2d(channels, channels, 1) if config.has_post_quant_conv else None
-        )
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Images -> means and log variances of the latents, (B, 2 * Z, H / 8, W / 8)."""
-        moments = self.encoder(images_B3HW)
-        return moments if self.quant_conv is None else self.quant_conv(moments)
+        return self.encoder(images_B3HW)
 
     def decode(self, latents_BZHW: Tensor) -> Tensor:
         """Latents -> images, (B, 3, 8 * H, 8 * W)."""
-        if self.post_quant_conv is not None:
-            latents_BZHW = self.post_quant_conv(latents_BZHW)
         return self.decoder(latents_BZHW)
 
 
@@ -135,15 +122,12 @@ class MidBlock(nn.Module):
         super().__init__()
         width = config.widths[-1]
         self.resnets = _resnets(config, width, width, 2)
-        has_attention = config.has_mid_attention
-        self.attentions = nn.ModuleList([_Attention(config, width)]) if has_attention else None
+        self.attentions = nn.ModuleList([_Attention(config, width)])
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) -> same."""
-        first, second = self.resnets
-        for layer in (first, *(self.attentions or ()), second):
-            x_BCHW = layer(x_BCHW)
-        return x_BCHW
+        before, after = self.resnets
+        return after(self.attentions[0](before(x_BCHW)))
 
 
 class ResnetBlock(nn.Module):

@@ -73,7 +73,7 @@ class NF4Linear(nn.Module):
         if isinstance(weight.absmax, NestedAbsmax):
             self.nested_block_size = weight.absmax.block_size
             for name, tensor in zip(_NESTED, weight.absmax.tensors(), strict=True):
-                self.register_buffer(name, tensor)
+                self.register_buffer(name, tensor.contiguous())
         else:
             self.register_buffer("absmax", weight.absmax.contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach())

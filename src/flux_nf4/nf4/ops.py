@@ -174,7 +174,8 @@ def multiply(
     dtype: torch.dtype,
 ) -> Tensor:
     """`eight_bit.multiply`, by the fastest means of the device: rows (*, K) -> (*, N) `dtype`."""
-    x_MK, x_scale_M1 = rows.values.flatten(0, -2), rows.scale.reshape(-1, 1)
+    x_MK = rows.values.reshape(-1, rows.values.shape[-1]).contiguous()
+    x_scale_M1 = rows.scale.reshape(-1, 1).contiguous()
     if x_MK.is_cuda and w_NK.dtype == torch.float8_e4m3fn:
         # One scale a row is offered for bfloat16 results only.
         out_MN = torch._scaled_mm(
@@ -188,7 +189,6 @@ def multiply(
         ).to(dtype)
     elif w_NK.dtype == torch.int8 and _implementation(x_MK.device.type) is not reference:
         kernels = _implementation(x_MK.device.type)
-        x_MK, x_scale_M1 = x_MK.contiguous(), x_scale_M1.contiguous()
         out_MN = kernels.multiply_int8(x_MK, x_scale_M1, w_NK, w_scale_N, bias_N, dtype)
     else:
         out_MN = eight_bit.multiply(x_MK, x_scale_M1, w_NK, w_scale_N, bias_N, dtype)

@@ -170,7 +170,14 @@ def _picking(codes_P: Tensor, out_NK: Tensor, block_size: int, quant_type: str) 
     is_aligned = codes_P.data_ptr() % 8 == 0 and out_NK.data_ptr() % 8 == 0
     if picked is None or block_size != 64 or not is_aligned:
         return ""
-    return instructions(quant_type, picked) if has_own_instructions(_expand_kernel) else ""
+    return instructions(quant_type, picked) if _can_pick(codes_P.device) else ""
+
+
+@functools.cache
+def _can_pick(device: torch.device) -> bool:
+    """Whether it has the conversions to pick from: before Ampere there are none to bfloat16."""
+    is_own = has_own_instructions(_expand_kernel)
+    return is_own and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def has_own_instructions(kernel: object) -> bool:

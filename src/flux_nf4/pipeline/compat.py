@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -157,21 +158,23 @@ class FluxPipeline:
         num_images = num_images_per_prompt * len(prompts)
         noise, image_noise = _initial_noise(latents, generator, num_images, template)
         first_seed = secrets.randbelow(2**32) if seed is None else seed
+        # All of them first: what is wrong with the last one is told before the first is drawn.
+        requests = _requests(template, prompts, negatives, first_seed)
 
         on_step = self._step_hook(callback_on_step_end)
         done: list[Tensor] = []
-        for i, (positive, negative) in enumerate(zip(prompts, negatives, strict=True)):
+        for i, request in enumerate(requests):
             first, last = i * num_images_per_prompt, (i + 1) * num_images_per_prompt
-            request = replace(
-                template, prompt=positive, negative_prompt=negative, seed=_seed(first_seed, first)
-            )
             rows = None if noise is None else noise[first:last]
-            events = generate_latents(
+            drawing = generate_latents(
                 self.model, request, initial_BLD=rows, image_noise_1LD=image_noise, on_step=on_step
             )
-            done += [
-                self._finish(e, request, output_type) for e in events if isinstance(e, LatentsDone)
-            ]
+            with closing(drawing):  # an error's traceback may outlive it
+                done += [
+                    self._finish(event, request, output_type)
+                    for event in drawing
+                    if isinstance(event, LatentsDone)
+                ]
         seeds = [None if noise is not None else first_seed + i for i in range(num_images)]
         return FluxPipelineOutput(images=_collect(done, output_type), seeds=tuple(seeds))
 
@@ -190,7 +193,7 @@ class FluxPipeline:
         width_or_default = size if width is None else width
         height_or_default = size if height is None else height
         check_size(width_or_default, height_or_default)
-        if not isinstance(image, Image.Image):  # none, or one that the request refuses
+        if not isinstance(image, Image.Image) or 0 in image.size:  # none, or one to be refused
             return width_or_default, height_or_default
         return size_like(upright_size(image), width=width, height=height, default_size=size)
 
@@ -243,6 +246,21 @@ def _as_texts(name: str, value: object) -> list[str]:
     if isinstance(value, Sequence) and all(isinstance(text, str) for text in value):
         return list(value)
     raise InputError(f"`{name}` must be a text or a list of texts, got `{type(value).__name__}`")
+
+
+def _requests(
+    template: GenerationRequest, prompts: list[str], negatives: list[str], first_seed: object
+) -> list[GenerationRequest]:
+    """One a prompt; seeds count on from each to the next."""
+    return [
+        replace(
+            template,
+            prompt=prompt,
+            negative_prompt=negative,
+            seed=_seed(first_seed, i * template.num_images),
+        )
+        for i, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True))
+    ]
 
 
 def _seed(first_seed: object, offset: int) -> Any:

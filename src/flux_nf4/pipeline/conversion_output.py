@@ -99,18 +99,18 @@ class Conversion:
             self._write_file(path, self.files[""], on_bytes)
             return
         with atomic_folder(path) as folder:
+            self.write_small_files(folder)  # what fails there fails early so
             for name, file in self.files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 self._write_file(folder / name, file, on_bytes)
-            self.write_small_files(folder)
 
     def write_small_files(self, folder: Path) -> None:
         """Write what a folder holds beside tensors.
 
         Raises:
-            DiskError: a file could not be written.
+            DiskError: a file could not be written, or one that is copied not be read.
         """
-        copied = {name: source.read_bytes() for name, source in self.copies.items()}
+        copied = {name: _read(source) for name, source in self.copies.items()}
         for name, text in {**self.texts, **copied}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(folder / name) as written:
@@ -178,6 +178,13 @@ class Conversion:
                 f"`{path}` holds more than a model (`{others[0]}`), and is not replaced",
                 hint="give another name, or remove it yourself",
             )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DiskError(f"could not read `{path}`: {error.strerror or error}") from error
 
 
 def check_room(path: Path, num_bytes: int) -> None:

@@ -10,13 +10,9 @@ import torch
 
 from flux_nf4.errors import FormatError, InputError
 from flux_nf4.nf4 import ops
-from flux_nf4.nf4.codec import NF4Weight, QuantType, check_quant_type
+from flux_nf4.nf4.codec import DTYPES, NF4Weight, QuantType, check_quant_type
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-
     from flux_nf4.formats.checkpoint import Component, Entry
 
 
@@ -77,14 +73,15 @@ def _quantize(name: str, entry: Entry, wish: QuantizationWish) -> NF4Weight:
                 hint=f"wish for what the file holds, or convert it: `flux-nf4 convert` to {wish}",
             )
         return entry
-    weight = entry.to(torch.bfloat16) if _needs_widening(entry) else entry
+    weight = entry.to(widened(entry.dtype))
     if not weight.isfinite().all():
         raise FormatError(f"`{name}` holds NaN or infinity and cannot be quantised")
     return ops.quantize(weight, quant_type=wish.quant_type or "nf4", nested=bool(wish.double_quant))
 
 
-def _needs_widening(tensor: Tensor) -> bool:
-    return tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """What a matrix of this dtype is quantised from; fp8 is widened, exactly."""
+    return dtype if dtype in DTYPES else torch.bfloat16
 
 
 def _disagreement(weight: NF4Weight, wish: QuantizationWish) -> str:
@@ -94,8 +91,3 @@ def _disagreement(weight: NF4Weight, wish: QuantizationWish) -> str:
         held = "doubly quantised (v1)" if weight.is_nested else "not doubly quantised (v2)"
         return f"{held}, and `bnb_4bit_use_double_quant` is {wish.double_quant}"
     return ""
-
-
-def quantized_weights(component: Component) -> Iterator[NF4Weight]:
-    """The weights of a component that are quantised to four bits."""
-    return (entry for entry in component.entries.values() if isinstance(entry, NF4Weight))

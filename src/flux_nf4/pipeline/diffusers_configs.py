@@ -6,17 +6,14 @@ and the constants from the model's facts. What is said here, `formats.folder.rea
 
 from __future__ import annotations
 
-import gzip
 import json
-import re
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from flux_nf4.errors import FormatError, ModelNotFoundError
 from flux_nf4.formats.component import COMPONENT_KINDS
 from flux_nf4.formats.folder import MODEL_INDEX, PART_FOLDERS, TOKENIZER_FOLDERS
 from flux_nf4.formats.keymap import CLIP_PROJECTION
 from flux_nf4.model.sizes import count_blocks, flux_config, matrix_shape, shape_of
+from flux_nf4.pipeline.tokenizers import CLIP_LENGTH, packaged_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 
 DIFFUSERS_VERSION = "0.38.0"  # the oldest whose FLUX classes read these files
 CLIP_HEAD_DIM = 64  # of every published CLIP text encoder
-CLIP_LENGTH = 77
 WEIGHT_FILES: dict[ComponentKind, str] = {
     "transformer": "diffusion_pytorch_model.safetensors",
     "t5": "model.safetensors",
@@ -258,7 +254,7 @@ def _tokenizers(facts: Facts) -> dict[str, bytes]:
     lengths = {"t5": facts.max_sequence_length, "clip": CLIP_LENGTH}
     texts: dict[str, bytes] = {}
     for kind, folder in TOKENIZER_FOLDERS.items():
-        texts[f"{folder}/tokenizer.json"] = _packaged(facts.tokenizer, kind)
+        texts[f"{folder}/tokenizer.json"] = packaged_text(facts.tokenizer, kind)
         texts[f"{folder}/tokenizer_config.json"] = _encode(
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
@@ -268,16 +264,3 @@ def _tokenizers(facts: Facts) -> dict[str, bytes]:
             }
         )
     return texts
-
-
-def _packaged(name: str, kind: str) -> bytes:
-    if not re.fullmatch(r"[a-z0-9_-]{1,64}", name):
-        # The name may come from a stranger's file: it must not wander through folders.
-        raise FormatError(f"`{name!r:.80}` is not a tokenizer's name")
-    file = resources.files("flux_nf4") / "assets" / "tokenizers" / name / f"{kind}.json.gz"
-    try:
-        return gzip.decompress(file.read_bytes())
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"this package holds no {kind} tokenizer named `{name}`"
-        ) from error

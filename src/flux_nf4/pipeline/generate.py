@@ -21,6 +21,7 @@ import torch
 from flux_nf4.errors import Cancelled, ShapeError
 from flux_nf4.memory.activations import Workload
 from flux_nf4.model.rope import rope_table
+from flux_nf4.model.step_graph import CaptureError
 from flux_nf4.pipeline.conditioning import (
     Conditioning,
     condition,
@@ -32,7 +33,7 @@ from flux_nf4.pipeline.conditioning import (
 from flux_nf4.pipeline.decode import decode_latents, preview, to_pictures
 from flux_nf4.pipeline.events import Event, ImageDone, Notice, StageStarted, StepDone
 from flux_nf4.pipeline.image_input import SourceImage, encode_source
-from flux_nf4.pipeline.model_memory import attempt
+from flux_nf4.pipeline.model_memory import attempt, until_memory_runs_out
 from flux_nf4.pipeline.request import GenerationRequest
 from flux_nf4.pipeline.sampling import (
     LATENT_CHANNELS,
@@ -83,6 +84,8 @@ def generate(
 
     Raises:
         Cancelled: it said yes.
+        DoesNotFitError: no plan fits the device's memory.
+        InputError: the model's memory is planned, and it is drawing another request.
         NumericalError: a stage gave NaN or infinity; the message names it.
     """
     for event in generate_latents(model, request, is_cancelled=is_cancelled):
@@ -124,66 +127,79 @@ def generate_latents(
     image_noise_1LD: Tensor | None = None,
     on_step: StepHook | None = None,
     is_cancelled: Callable[[], bool] = _never,
-) -> Iterator[Event | LatentsDone]:
+) -> Generator[Event | LatentsDone, None, None]:
     """As `generate`, without decoding: `LatentsDone` for each batch in place of `ImageDone`.
 
     `initial_BLD` replaces the noise that the seeds would give, one row an image. Then
-    `image_noise_1LD` draws the sample of the encoded image; without it the mean is taken.
+    `image_noise_1LD` draws the sample of the encoded image; without it the mean is taken. Where
+    memory is planned, the model is taken until the events end or are closed.
 
     Raises:
-        Cancelled, NumericalError: as `generate`.
-        ShapeError: `initial_BLD` is not of the request's size.
+        Cancelled, DoesNotFitError, InputError, NumericalError: as `generate`.
+        ShapeError: `initial_BLD`, or what `on_step` gives, is not of the request's size.
     """
     _check_initial(model, request, initial_BLD)
     yield from notices(model, request)
     memory = model.memory
-    yield from attempt(memory, partial(memory.begin, workload_of(model, request)))
+    with memory.drawing():
+        yield from attempt(memory, partial(memory.begin, workload_of(model, request)))
+        source = yield from _read_source(model, request, is_cancelled)
 
-    source = None
-    if request.image is not None:
-        yield StageStarted(stage="encode")
+        yield StageStarted(stage="text")
         _stop_if(is_cancelled)
-        encode = partial(encode_source, model, request.image, request)
-        source = yield from attempt(memory, encode)
-        if source.latent_mask is not None and not source.latent_mask.any():
-            yield Notice(message="the mask has no white of 8 x 8 pixels: nothing is drawn anew")
+        texts = yield from attempt(memory, partial(encode_text, model, request))
 
-    yield StageStarted(stage="text")
-    _stop_if(is_cancelled)
-    texts = yield from attempt(memory, partial(encode_text, model, request))
-
-    yield StageStarted(stage="modulation")
-    _stop_if(is_cancelled)
-    rows, columns = token_grid(request.width, request.height)
-    sigmas_K = make_schedule(
-        request.num_inference_steps, rows * columns, model.facts, kind=request.schedule
-    )[-request.num_steps - 1 :]
-    conditionings = yield from attempt(memory, partial(condition, model, request, texts, sigmas_K))
-
-    yield from attempt(memory, partial(_learn_colours, model, request))
-    first = 0
-    while first < request.num_images:
-        seeds = request.seeds[first : first + (memory.batch_size or request.batch_size)]
-        if initial_BLD is None:
-            noise_BLD, image_noise_BLD = _draw(seeds, request)
-        else:
-            noise_BLD = initial_BLD[first : first + len(seeds)]
-            image_noise_BLD = image_noise_1LD
-        yield StageStarted(stage="denoise")
-        loop = _Loop(
-            model=model,
-            request=request,
-            conditionings=conditionings,
-            sigmas=sigmas_K.tolist(),
-            noise=noise_BLD.to(model.device, torch.float32),
-            source=source,
-            image=None if source is None else source.sample(image_noise_BLD),
+        yield StageStarted(stage="modulation")
+        _stop_if(is_cancelled)
+        rows, columns = token_grid(request.width, request.height)
+        sigmas_K = make_schedule(
+            request.num_inference_steps, rows * columns, model.facts, kind=request.schedule
+        )[-request.num_steps - 1 :]
+        conditionings = yield from attempt(
+            memory, partial(condition, model, request, texts, sigmas_K)
         )
-        tokens_BLD = yield from loop.run(on_step, is_cancelled)
-        if tokens_BLD is None:
-            continue  # with fewer images at once
-        yield LatentsDone(first_index=first, tokens=tokens_BLD, seeds=seeds, source=source)
-        first += len(seeds)
+
+        yield from attempt(memory, partial(_learn_colours, model, request))
+        first = 0
+        while first < request.num_images:
+            seeds = request.seeds[first : first + (memory.batch_size or request.batch_size)]
+            if initial_BLD is None:
+                noise_BLD, image_noise_BLD = _draw(seeds, request)
+            else:
+                noise_BLD = initial_BLD[first : first + len(seeds)]
+                image_noise_BLD = image_noise_1LD
+            yield StageStarted(stage="denoise")
+            noise_BLD, image_BLD = yield from attempt(
+                memory, partial(_to_device, model, source, noise_BLD, image_noise_BLD)
+            )
+            loop = _Loop(
+                model=model,
+                request=request,
+                conditionings=conditionings,
+                sigmas=sigmas_K.tolist(),
+                noise=noise_BLD,
+                source=source,
+                image=image_BLD,
+            )
+            tokens_BLD = yield from loop.run(on_step, is_cancelled)
+            if tokens_BLD is None:
+                continue  # with fewer images at once
+            yield LatentsDone(first_index=first, tokens=tokens_BLD, seeds=seeds, source=source)
+            first += len(seeds)
+
+
+def _read_source(
+    model: Model, request: GenerationRequest, is_cancelled: Callable[[], bool]
+) -> Generator[StageStarted | Notice, None, SourceImage | None]:
+    if request.image is None:
+        return None
+    yield StageStarted(stage="encode")
+    _stop_if(is_cancelled)
+    encode = partial(encode_source, model, request.image, request)
+    source = yield from attempt(model.memory, encode)
+    if source.latent_mask is not None and not source.latent_mask.any():
+        yield Notice(message="the mask has no white of 8 x 8 pixels: nothing is drawn anew")
+    return source
 
 
 def _learn_colours(model: Model, request: GenerationRequest) -> None:
@@ -216,6 +232,14 @@ def _draw(seeds: Sequence[int], request: GenerationRequest) -> tuple[Tensor, Ten
     return pack(draw_noise_from(generators, 1, *size)), image_noise_BLD
 
 
+def _to_device(
+    model: Model, source: SourceImage | None, noise_BLD: Tensor, image_noise_BLD: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The noise, and the image's latents as theirs draws them, (B, L, D) float32."""
+    noise_BLD = noise_BLD.to(model.device, torch.float32)
+    return noise_BLD, None if source is None else source.sample(image_noise_BLD)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Loop:
     """The denoise loop of one batch: its noise, and its image's latents, are (B, L, D)."""
@@ -236,37 +260,45 @@ class _Loop:
         None where memory ran out, and is enough for fewer images at once.
         """
         memory, num_steps = self.model.memory, self.request.num_steps
-        x_BLD, step = self._noised_image(self.sigmas[0]), 0
+        x_BLD, step = self.noise, 0
         predict: Callable[..., Tensor] | None
         while True:
+            refusal = None
             try:
                 num_passes = (num_steps - step) * len(self.conditionings)
-                with memory.phase("denoise", num_passes=num_passes):
-                    model, rope = self.model, self._rope()
-                    blocks = memory.predictor(model.transformer.blocks, model.device, num_passes)
-                    predict = partial(blocks, rope_2SF=rope)
+                # An error holds memory as long as it is known: it is told of out here.
+                with until_memory_runs_out(), memory.phase("denoise", num_passes=num_passes):
+                    predict = self._predictor(num_passes)
+                    if not step:
+                        x_BLD = self._noised_image(self.sigmas[0])
                     while step < num_steps:
                         _stop_if(is_cancelled)
                         x_BLD, done = self._step(x_BLD, step, predict, on_step)
                         step += 1
                         yield done
-            except torch.OutOfMemoryError:
-                pass  # the error holds memory as long as it is known
-            predict = None  # and so does a graph
+            except CaptureError as error:
+                refusal = str(error)
+            predict = None  # a graph holds memory, too
             if step == num_steps:
                 return x_BLD
+            if refusal is not None:
+                memory.give_up_graphs()
+                yield Notice(message=f"steps run without CUDA graphs: {refusal}")
+                continue
             yield Notice(message=memory.shrink())
             if (memory.batch_size or len(x_BLD)) < len(x_BLD):
                 return None
 
-    def _rope(self) -> Tensor:
+    def _predictor(self, num_passes: int) -> Callable[..., Tensor]:
         model, request = self.model, self.request
-        return rope_table(
+        rope_2SF = rope_table(
             self.conditionings[0].txt.shape[1],
             *token_grid(request.width, request.height),
             model.transformer.config,
             model.device,
         )
+        blocks = model.memory.predictor(model.transformer.blocks, model.device, num_passes)
+        return partial(blocks, rope_2SF=rope_2SF)
 
     def _step(
         self, x_BLD: Tensor, step: int, predict: Callable[..., Tensor], on_step: StepHook | None
@@ -282,8 +314,7 @@ class _Loop:
         x_BLD = euler_step(x_BLD, v_BLD, sigmas[step], sigmas[step + 1])
         x_BLD = self._kept(x_BLD, sigmas[step + 1])
         if on_step is not None:
-            replaced = on_step(step, sigmas[step], x_BLD)
-            x_BLD = x_BLD if replaced is None else replaced.to(x_BLD)
+            x_BLD = _replaced(x_BLD, on_step(step, sigmas[step], x_BLD))
         return x_BLD, StepDone(step=step + 1, num_steps=num_steps, preview=picture)
 
     def _noised_image(self, sigma: float) -> Tensor:
@@ -311,6 +342,16 @@ class _Loop:
         if len(velocities) == 1:
             return velocities[0]
         return guide(velocities[0], velocities[1], self.request.guidance_scale)
+
+
+def _replaced(x_BLD: Tensor, other: Tensor | None) -> Tensor:
+    if other is None:
+        return x_BLD
+    if other.shape != x_BLD.shape:
+        raise ShapeError(
+            f"latents of {tuple(other.shape)} cannot take the place of {tuple(x_BLD.shape)}"
+        )
+    return other.to(x_BLD)
 
 
 def _stop_if(is_cancelled: Callable[[], bool]) -> None:

@@ -35,7 +35,8 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise FormatError(f"`{path}` is larger than {_MAX_FILE_BYTES // 2**20} MiB")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES)  # a device has no end
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read the image `{path}`: {reason}") from error
@@ -87,12 +88,18 @@ def check_mask(mask: Image.Image, image: Image.Image) -> None:
         )
 
 
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits scaled to 8, where Pillow would cut off; others as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda level: level / 256).convert("L")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: what is transparent becomes white, 16 bits become 8."""
     from PIL import Image
 
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda level: level / 256).convert("L")
+    image = to_eight_bits(image)
     if image.has_transparency_data:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))

@@ -21,7 +21,7 @@ from PIL import ImageOps
 from PIL.Image import Resampling
 
 from flux_nf4.pipeline.conditioning import require_finite
-from flux_nf4.pipeline.image_file import to_rgb
+from flux_nf4.pipeline.image_file import to_eight_bits, to_rgb
 from flux_nf4.pipeline.sampling import LATENT_CHANNELS, PIXELS_PER_LATENT, pack
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def encode_source(model: Model, image: Image, request: GenerationRequest) -> Sou
     source = SourceImage(mean=pack(mean), deviation=pack(deviation), pixels=pixels_13HW)
     if request.mask_image is None:
         return source
-    mask = ImageOps.exif_transpose(request.mask_image)
+    mask = to_eight_bits(ImageOps.exif_transpose(request.mask_image))
     if mask.has_transparency_data:  # it says nothing here, and Pillow warns of some of its forms
         mask = mask.convert("RGBA")
     is_white = _fit(mask.convert("L"), request).point(lambda level: 255 * (level >= WHITE))

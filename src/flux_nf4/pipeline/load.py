@@ -141,8 +141,8 @@ def assemble_model(checkpoint: Checkpoint, settings: LoadSettings) -> Model:
     check_vocabularies(tokenizers, components)
     notes = [*checkpoint.notes, *([] if note is None else [note])]
     manager = managed_device(device, settings.vram)
-    if manager is None and settings.vram is not None:
-        notes.append("the limit of device memory is not used: the device is the CPU")
+    if manager is None and (settings.vram or settings.ram) is not None:
+        notes.append("limits of memory are not used: the device is the CPU")
     place = device if manager is None else torch.device("meta")
     model = Model(
         path=checkpoint.path,

@@ -7,6 +7,7 @@ what text encoders made of the last prompts.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from flux_nf4.memory.activations import Workload
 from flux_nf4.memory.budget import CONTEXT_BYTES, DESKTOP_BYTES, SLACK_BYTES, Budget
 from flux_nf4.memory.checkpoint_inventory import component_entries
 from flux_nf4.memory.contents import take_contents, weigh
-from flux_nf4.memory.device import CudaDevice, PlainDevice
+from flux_nf4.memory.device import CudaDevice, Device
 from flux_nf4.memory.inventory import Inventory, take_inventory
 from flux_nf4.memory.plan import largest_size, make_plan, smallest_budget
 from flux_nf4.memory.residency import Residency
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flux_nf4.formats.component import Component, ComponentKind
-    from flux_nf4.memory.device import Device
     from flux_nf4.memory.placement import Phase, Plan
     from flux_nf4.model.blocks import FluxBlocks
     from flux_nf4.pipeline.conditioning import Text
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 MAX_TEXTS = 32  # prompts whose embeddings are remembered, of 4 MB each for FLUX.1-dev
 PEAK_TOLERANCE = 0.1
+# What CUDA, Triton, cuBLAS and cuDNN say, whose allocations are not PyTorch's.
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 _SHRINK = 3 / 4  # of what a plan has above the least that the next smaller one may have
 
 Result = TypeVar("Result")
@@ -51,7 +53,7 @@ def managed_device(device: torch.device, vram: int | None) -> Device | None:
     """Who manages memory on a device; None where everything stays where it is loaded."""
     if device.type == "cuda":
         return CudaDevice(device)
-    return None if device.type == "cpu" or vram is None else PlainDevice(device)
+    return None if device.type == "cpu" or vram is None else Device(device)
 
 
 class TextCache:
@@ -62,12 +64,12 @@ class TextCache:
 
     def get(self, key: tuple[object, ...], encode: Callable[[], list[Text]]) -> list[Text]:
         """The texts under `key`, encoded if they are not known."""
-        texts = self._texts.get(key)
+        texts = self._texts.pop(key, None)
         if texts is None:
-            texts = self._texts[key] = encode()
-            if len(self._texts) > MAX_TEXTS:
-                self._texts.popitem(last=False)
-        self._texts.move_to_end(key)
+            texts = encode()
+        self._texts[key] = texts
+        if len(self._texts) > MAX_TEXTS:
+            self._texts.popitem(last=False)
         return texts
 
 
@@ -91,6 +93,8 @@ class ModelMemory:
         self._was_least = False
         self.num_shrinks = 0
         self._graph: StepGraph | None = None
+        self._has_graphs = True
+        self._in_use = threading.Lock()
         self.plan: Plan | None = None
 
     def plan_within(self, vram: int | None, workload: Workload) -> Plan:
@@ -120,13 +124,33 @@ class ModelMemory:
             return Budget(device_bytes=vram, context_bytes=CONTEXT_BYTES, host_bytes=self._ram)
         if self._free_bytes is None:
             raise InputError("this device does not tell how much is free", hint="name an amount")
-        device_bytes = self._free_bytes - DESKTOP_BYTES
+        device_bytes = max(0, self._free_bytes - DESKTOP_BYTES)
         return Budget(device_bytes=device_bytes, context_bytes=0, host_bytes=self._ram)
 
     @property
     def batch_size(self) -> int | None:
         """The most images at once that the plan allows; None: as many as are asked for."""
         return None if self.plan is None else self.plan.batch_size
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """For the time of one request: two at once would take each other's weights away.
+
+        Raises:
+            InputError: another request is being drawn, in this thread or another.
+        """
+        if self.residency is None:
+            yield
+            return
+        if not self._in_use.acquire(blocking=False):
+            raise InputError(
+                "this model is drawing already, and its memory serves one request at a time",
+                hint="wait until that one has ended, or close it: `events.close()`",
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def begin(self, workload: Workload) -> None:
         """Plan for what is to be drawn, and begin to load what stays.
@@ -140,7 +164,7 @@ class ModelMemory:
             before, self.plan = self.plan, make_plan(self.inventory, workload, self._budget)
             if not (self._is_same_step(workload, before) and self._has_room_for_graph()):
                 self._graph = None
-            self._workload = workload
+            self._workload, self._has_graphs = workload, True
         self._phases.clear()
         self._was_least = False
         self.residency.device.reset_peak()
@@ -163,13 +187,17 @@ class ModelMemory:
         """The blocks, or graphs of them where those repay: kept for further images if they may."""
         if self._graph is not None:
             return self._graph
-        is_possible = num_calls >= LEAST_CALLS and StepGraph.is_possible(device)
-        if self.residency is None or not is_possible:
+        is_repaid = self._has_graphs and num_calls >= LEAST_CALLS
+        if self.residency is None or not is_repaid or not StepGraph.is_possible(device):
             return blocks
         graph = StepGraph(blocks, device, self.residency.is_streamed)
         if self._has_room_for_graph():
             self._graph = graph
         return graph
+
+    def give_up_graphs(self) -> None:
+        """Let steps run as they are, for as long as the plan is made for the same."""
+        self._graph, self._has_graphs = None, False
 
     def _is_same_step(self, workload: Workload, before: Plan | None) -> bool:
         """Whether a graph of the workload before serves this one: of a step they are the same."""
@@ -319,6 +347,17 @@ def _watch(residency: Residency, modules: Mapping[ComponentKind, Any]) -> None:
     residency.watch("clip", modules["clip"])
 
 
+@contextlib.contextmanager
+def until_memory_runs_out() -> Iterator[None]:
+    """Leave a block where the device has no memory left; any other error is raised."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_known = isinstance(error, torch.OutOfMemoryError)
+        if not is_known and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+            raise
+
+
 def attempt(memory: ModelMemory, compute: Callable[[], Result]) -> Generator[Notice, None, Result]:
     """`compute()`, once more within a smaller plan each time that memory runs out.
 
@@ -326,7 +365,7 @@ def attempt(memory: ModelMemory, compute: Callable[[], Result]) -> Generator[Not
         DoesNotFitError: there is no smaller plan.
     """
     while True:
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with until_memory_runs_out():
             return compute()
         # Only here, without the error, is the memory free that its traceback held.
         yield Notice(message=memory.shrink())

@@ -23,8 +23,9 @@ from torch import Tensor
 from flux_nf4 import __version__
 from flux_nf4.errors import DiskError, FormatError, InputError
 from flux_nf4.formats.component import COMPONENT_KINDS
-from flux_nf4.formats.manifest import file_sha256, write_manifest
+from flux_nf4.formats.manifest import write_manifest
 from flux_nf4.formats.resumable import FileHashes, ResumableFiles
+from flux_nf4.formats.verification import file_sha256
 from flux_nf4.nf4.codec import NF4Weight
 from flux_nf4.pipeline.conversion import Gathered, gather, plan_conversion
 from flux_nf4.pipeline.conversion_output import Conversion, check_room

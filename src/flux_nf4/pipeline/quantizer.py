@@ -13,9 +13,10 @@ from torch import Tensor
 
 from flux_nf4.errors import FormatError, InputError
 from flux_nf4.nf4 import ops
-from flux_nf4.nf4.codec import DTYPES, NestedAbsmax, NF4Weight
+from flux_nf4.nf4.codec import NestedAbsmax, NF4Weight
 from flux_nf4.nf4.reference import nest_absmax
 from flux_nf4.nf4.search import quantize_searched
+from flux_nf4.pipeline.convert import widened
 from flux_nf4.pipeline.load import resolve_device
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class ParallelQuantizer:
             absmax=absmax,
             shape=(num_out, num_in),
             block_size=block_size,
-            dtype=_widened(matrix.dtype),
+            dtype=widened(matrix.dtype),
         )
 
     def _quantize(self, name: str, matrix: Tensor) -> NF4Weight:
@@ -125,7 +126,7 @@ class ParallelQuantizer:
 
     def _quantize_chunk(self, blocks: Tensor) -> NF4Weight:
         settings = self._settings
-        values = blocks.to(self.device).to(_widened(blocks.dtype))
+        values = blocks.to(self.device).to(widened(blocks.dtype))
         if settings.scale == "search":
             # Nested statistics would lose by negative scales.
             signed = settings.format == "v2"
@@ -133,11 +134,6 @@ class ParallelQuantizer:
                 "cpu"
             )
         return ops.quantize(values, block_size=settings.block_size).to("cpu")
-
-
-def _widened(dtype: torch.dtype) -> torch.dtype:
-    """What a matrix computes in; fp8 is widened, exactly."""
-    return dtype if dtype in DTYPES else torch.bfloat16
 
 
 @contextlib.contextmanager

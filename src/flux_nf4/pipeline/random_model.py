@@ -115,13 +115,13 @@ def random_checkpoint(name: RandomName, *, form: NF4Form = "nf4 v2", seed: int =
     return Checkpoint(path=path, layout="all-in-one", components=components, facts=facts)
 
 
-def write_random_model(path: str | Path, name: RandomName, *, seed: int = 0) -> None:
+def write_random_model(path: str | Path, name: RandomName) -> None:
     """Write one as an all-in-one v2 file; `flux1-dev` has the length of the published file.
 
     Raises:
         DiskError: it could not be written; nothing is left behind.
     """
-    checkpoint = random_checkpoint(name, seed=seed)
+    checkpoint = random_checkpoint(name)
     components = {kind: part.entries for kind, part in checkpoint.components.items()}
     # The published file carries no facts; those of other sizes cannot be guessed.
     facts = None if name == "flux1-dev" else checkpoint.facts

@@ -139,6 +139,8 @@ class GenerationRequest:
             if value is not None and not isinstance(value, Image):
                 kind = type(value).__name__
                 raise InputError(f"`{name}` must be a PIL.Image.Image, got `{kind}`")
+            if value is not None and 0 in value.size:
+                raise InputError(f"`{name}` of {value.width} x {value.height} has no pixels")
         if self.mask_image is not None:
             check_mask(self.mask_image, self.image)
 

@@ -114,18 +114,27 @@ def packaged_tokenizer(name: str, kind: EncoderKind) -> Tokenizer:
 
     Raises:
         ModelNotFoundError: the package holds none of that name.
+        FormatError: that can be no name.
+    """
+    return _parse(packaged_text(name, kind).decode(), f"packaged tokenizer `{name}/{kind}`")
+
+
+def packaged_text(name: str, kind: EncoderKind) -> bytes:
+    """Its `tokenizer.json`.
+
+    Raises:
+        ModelNotFoundError, FormatError: as `packaged_tokenizer`.
     """
     if not re.fullmatch(r"[a-z0-9_-]{1,64}", name):
         # The name may come from a stranger's file: it must not wander through folders.
         raise FormatError(f"`{name!r:.80}` is not a tokenizer's name")
     file = resources.files("flux_nf4") / "assets" / "tokenizers" / name / f"{kind}.json.gz"
     try:
-        compressed = file.read_bytes()
+        return gzip.decompress(file.read_bytes())
     except OSError as error:
         raise ModelNotFoundError(
             f"this package holds no {kind} tokenizer named `{name}`"
         ) from error
-    return _parse(gzip.decompress(compressed).decode(), f"packaged tokenizer `{name}/{kind}`")
 
 
 def tokenizer_from_folder(folder: Path, kind: EncoderKind) -> Tokenizer:

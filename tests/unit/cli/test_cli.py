@@ -2,6 +2,7 @@
 
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -61,6 +62,15 @@ def run_flux(*arguments):
     )
 
 
+def run_shell(command):
+    """`flux-nf4` with what only a shell can do to its streams."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f"exec {shlex.quote(sys.executable)} -m flux_nf4 {command}"],
+        capture_output=True,
+        text=True,
+    )
+
+
 # ---- parsing ------------------------------------------------------------------------------------
 
 
@@ -102,6 +112,22 @@ def test_a_double_hyphen_ends_the_options(flux, pipeline):
     flux("generate", "-m", "demo", "--", "--a dog")
 
     assert pipeline.requests[0].prompt == "--a dog"
+
+
+@pytest.mark.parametrize(
+    ("typed", "word", "offered"),
+    [
+        ("flux-nf4 gen", 1, "generate\n"),
+        ("flux-nf4 generate --sched", 2, "--schedule\n"),
+        ("flux-nf4 generate --schedule ", 3, "flux\nforge\n"),
+    ],
+)
+def test_tab_completes(monkeypatch, typed, word, offered):
+    monkeypatch.setenv("_FLUX_NF4_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(word))
+
+    assert run_flux().stdout == offered
 
 
 # ---- help ---------------------------------------------------------------------------------------
@@ -191,6 +217,31 @@ def test_debug_shows_where_it_was():
     assert "in load_words" in ended.stderr
 
 
+@pytest.mark.parametrize("text", ["", "0", "false", "No", "off"])
+def test_debugging_is_switched_off_in_words(flux, monkeypatch, text):
+    monkeypatch.setenv("FLUX_NF4_DEBUG", text)
+
+    assert "Traceback" not in flux("generate", "").err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
+def test_a_signal_that_typer_swallows_is_told(number):
+    ended = run_python(
+        """
+        import os, sys
+        from flux_nf4.cli import app, main
+        def verb_help(verb):
+            os.kill(os.getpid(), int(sys.argv[1]))
+        app.verb_help = verb_help
+        sys.exit(main(["demo", "--help"]))
+        """,
+        str(int(number)),
+    )
+
+    assert ended.returncode == 128 + number
+    assert ended.stderr.startswith("stopped by ")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
 @pytest.mark.parametrize("place", ["denoise", "write"])
 @pytest.mark.parametrize("output", ["dogs/", "dog.png"])
@@ -260,6 +311,29 @@ def test_a_full_disk_behind_standard_output_is_a_disk_error():
 
     assert ended.returncode == 7
     assert re.fullmatch(r"error: could not write to standard output: .+\n", ended.stderr)
+
+
+def test_help_that_cannot_be_printed_is_a_disk_error():
+    ended = run_shell("--help > /dev/full")
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (7, 1)
+    assert "No space left" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_code", "out", "err"),
+    [
+        ("demo cat >&-", 0, "", ""),
+        ("generate '' 2>&-", 2, "", ""),
+        ("generate --prompt-file - <&-", 2, "", "error: standard input holds no prompt\n"),
+    ],
+)
+def test_a_stream_may_be_closed(command, exit_code, out, err):
+    ended = run_shell(command)
+
+    assert (ended.returncode, ended.stdout) == (exit_code, out)
+    assert ended.stderr.startswith(err)
+    assert bool(ended.stderr) == bool(err)
 
 
 def test_a_terminal_that_cannot_show_a_character_does_not_end_it(monkeypatch):

@@ -66,3 +66,15 @@ def test_peers_that_are_not_installed_are_said_before_anything_is_measured(bench
     assert ended.exit_code != 0
     assert "Diffusers" in ended.err
     assert "flux-nf4[compare]" in ended.err
+
+
+def test_a_folder_in_the_place_of_the_results_is_told_before_measuring(bench, tmp_path):
+    ended = bench("-o", str(tmp_path))
+
+    assert ended.exit_code == 7
+    assert ended.err.startswith(f"error: `{tmp_path}` is a folder")
+
+
+@pytest.mark.parametrize("verb", ["bench", "plan"])
+def test_no_size_is_drawn_by_an_empty_image(flux, verb):
+    assert "a width of 0 pixels cannot be drawn" in flux(verb, "-s", "0").err

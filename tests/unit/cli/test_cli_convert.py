@@ -218,7 +218,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(flux, models, folder,
         (("b", "--t5", "{v2}"), 2, "no transformer"),
         (("{v2}", "no/such/b"), 7, "could not write"),
         (("{v2}", "b" * 300), 7, "could not write"),
-        (("{v2}", "b\0"), 2, "NUL"),
+        (("{v2}", "b\0"), 2, "no path at all"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_leaves_nothing(
@@ -249,3 +249,12 @@ def test_progress_is_told_where_it_takes_long(flux, models, monkeypatch):
     ended = flux("convert", str(models / "v2.safetensors"), "a.safetensors")
 
     assert "writing: 100 %" in ended.err
+
+
+def test_who_draws_from_parts_is_told_how_to_join_them(flux, models):
+    flux("convert", str(models / "v2.safetensors"), "p", "--parts")
+
+    for path in ("p", "p/transformer.safetensors"):
+        ended = flux("generate", "a dog", "-m", path)
+        assert ended.exit_code in (2, 3)
+        assert "`flux-nf4 convert` makes" in ended.err

@@ -253,6 +253,14 @@ def test_a_file_gives_one_prompt_a_line(flux, pipeline, folder):
     assert [request.prompt for request in pipeline.requests] == ["a dog", "an apple"]
 
 
+def test_a_prompt_ends_where_an_editor_ends_a_line(flux, pipeline, folder):
+    prompts = "a dog\u2028and a wolf\r\n\fan apple\r"
+    (folder / "prompts").write_text(prompts, encoding="utf-8", newline="")
+    flux("generate", "--prompt-file", "prompts")
+
+    assert [each.prompt for each in pipeline.requests] == ["a dog\u2028and a wolf", "an apple"]
+
+
 def test_a_hyphen_reads_standard_input(flux, pipeline, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a dog\n")))
     flux("generate", "--prompt-file", "-")
@@ -268,13 +276,19 @@ def test_a_hyphen_reads_standard_input(flux, pipeline, monkeypatch):
         ((" \n",), "the prompt is empty"),
         (("\udcff",), "the prompt is not valid text"),
         (("a", "--prompt-file", "x"), "both a prompt and `--prompt-file`"),
-        (("--prompt-file", "absent.txt"), "cannot read prompts from `absent.txt`"),
-        (("--prompt-file", "."), "cannot read prompts from `.`"),
+        (("--prompt-file", "absent.txt"), "cannot read `absent.txt`"),
+        (("--prompt-file", "."), "cannot read `.`"),
         (("--prompt-file", "empty.txt"), "`empty.txt` holds no prompt"),
         (("--prompt-file", "latin.txt"), "`latin.txt` is not UTF-8: byte 1 is 0xfc"),
         (("a", "--size", "12by12"), "`--size` must be WIDTHxHEIGHT, got `12by12`"),
         (("a", "--size", "-16x16"), "`--size` must be WIDTHxHEIGHT"),
         (("a", "--size", "100x64"), "a width of 100 pixels cannot be drawn"),
+        (("a", "--size", "0x64"), "a width of 0 pixels cannot be drawn"),
+        (("a" * 100_001,), "`prompt` has 100001 characters"),
+        (
+            ("a", "--seed", str(2**64 - 1), "-n", "2"),
+            f"`seed` {2**64 - 1} leaves no seeds for 2 images",
+        ),
         (
             ("a", "--size", "64x64", "--width", "64"),
             "the command line gives both `size` and `width`",

@@ -112,6 +112,16 @@ def test_an_option_may_come_from_the_settings_file(folder, flux, served):
     assert served[0][1].max_queue == 5
 
 
+@pytest.mark.parametrize(
+    "option", [("--ray-address", "auto"), ("--min-replicas", "2"), ("--max-replicas", "3")]
+)
+def test_replicas_without_ray_are_refused(flux, served, option):
+    ended = run(flux, *option)
+
+    assert (ended.exit_code, served) == (2, [])
+    assert ended.err.endswith("hint: add `--ray`\n")
+
+
 # ---- keys ---------------------------------------------------------------------------------------
 
 

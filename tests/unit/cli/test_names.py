@@ -57,6 +57,7 @@ def test_only_an_exact_name_is_replaced():
         ("cat.jpg", "written as PNG, not as `.jpg`"),
         ("{seed}.webp", "written as PNG, not as `.webp`"),
         ("{sead}.png", "unknown field `{sead}`"),
+        ("-", "not written to standard output"),
         ("{}.png", "unknown field `{}`"),
         ("{seed.png", "is not a template"),
         ("{prompt.__class__}.png", "unknown field"),
@@ -92,6 +93,13 @@ def test_a_file_in_a_folders_place_is_a_disk_error(folder):
 
     with pytest.raises(DiskError, match="`taken` is not a folder"):
         plan_destination("taken/cat.png", 1)
+
+
+def test_a_device_in_a_files_place_is_refused_before_drawing(folder):
+    (folder / "cat.png").symlink_to("/dev/null")
+
+    with pytest.raises(InputError, match=r"`cat\.png` is not a regular file"):
+        plan_destination("cat.png", 1)
 
 
 def test_a_folder_that_cannot_be_written_is_a_disk_error(folder, monkeypatch):

@@ -117,10 +117,12 @@ def test_two_dialects_in_one_part_are_refused(tmp_path):
         ("double_blocks.0.img_attn.qkv.lora_A.weight", "LoRA"),
         ("double_blocks.0.img_attn.qkv.weight.SCB", "8 bits"),
         ("double_blocks.0.img_attn.qkv.scale_weight", "fp8 with separate scales"),
+        ("double_blocks.0.img_attn.qkv.weight_scale_2", "NVFP4"),
         ("transformer_blocks.0.qkv_proj.qweight", "SVDQuant"),
         ("controlnet_blocks.0.weight", "ControlNet"),
         ("input_blocks.0.0.weight", "Stable Diffusion"),
         ("double_stream_modulation_img.lin.weight", "FLUX.2"),
+        ("distilled_guidance_layer.in_proj.weight", "Chroma"),
     ],
 )
 def test_a_telling_name_gives_a_telling_hint(tmp_path, name, hint):
@@ -148,10 +150,11 @@ def test_statistics_without_their_weight_are_refused(tmp_path):
         read(tmp_path, "transformer", tensors)
 
 
-def test_a_quantised_text_encoder_is_refused_clearly(tmp_path):
-    tensors = tensors_of(t5_table(1)) | {"shared.weight.absmax": torch.zeros(1)}
-    with pytest.raises(FormatError, match="read for the transformer only") as caught:
-        read(tmp_path, "t5", tensors)
+def test_a_quantised_clip_is_refused_clearly(tmp_path):
+    tensors = tensors_of(clip_table(1))
+    tensors |= {"text_model.encoder.layers.0.mlp.fc1.weight.absmax": torch.zeros(1)}
+    with pytest.raises(FormatError, match="read for the transformer and T5 only") as caught:
+        read(tmp_path, "clip", tensors)
     assert caught.value.hint == "use that part in bf16, fp16 or fp8"
 
 

@@ -168,10 +168,10 @@ def test_another_quantisation_is_refused(folder, config, message):
         open_checkpoint(folder)
 
 
-def test_a_quantised_text_encoder_is_refused(folder):
+def test_a_quantised_clip_is_refused(folder):
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    edit(folder / "text_encoder_2" / "config.json", quantization_config=config)
-    with pytest.raises(FormatError, match="t5 part is quantised"):
+    edit(folder / "text_encoder" / "config.json", quantization_config=config)
+    with pytest.raises(FormatError, match="clip part is quantised"):
         open_checkpoint(folder)
 
 

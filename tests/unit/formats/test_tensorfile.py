@@ -145,6 +145,24 @@ def test_another_kind_of_file_is_called_by_its_name(tmp_path, data, message):
         TensorFile(path)
 
 
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (b"GGUF" + bytes(40), "safetensors version"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "download it again"),
+        (b"<!DOCTYPE html><html>", "download it again"),
+    ],
+    ids=["gguf", "lfs", "html"],
+)
+def test_what_stands_in_place_of_the_file_is_downloaded_again(tmp_path, data, hint):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(FormatError) as caught:
+        TensorFile(path)
+
+    assert hint in str(caught.value.hint)
+
+
 def test_a_zip_archive_is_called_by_its_name(tmp_path):
     zip_archive(tmp_path / "model.safetensors")
     with pytest.raises(FormatError, match="zip archive"):

@@ -12,7 +12,9 @@ from checkpoints import (
     save_quantized_diffusers_folder,
     save_transformer_only,
 )
+from safetensors.torch import load_file, save_file
 
+from flux_nf4.errors import FormatError
 from flux_nf4.formats.checkpoint import open_checkpoint
 from flux_nf4.memory import checkpoint_inventory
 from flux_nf4.memory.checkpoint_inventory import flux_1_dev, read_inventory
@@ -136,3 +138,22 @@ def test_planning_imports_no_torch(code):
     report = "import sys; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", f"{code}; {report}"], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("transformer", ["nf4", torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.diffusion_model.double_blocks.0.img_mlp.0.bias", (2, 64)),
+        ("model.diffusion_model.double_blocks.0.img_mlp.0.bias", (0,)),
+        ("model.diffusion_model.final_layer.linear.bias", ()),
+        ("text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight", ()),
+        ("vae.encoder.down.0.block.0.conv1.weight", (8,)),
+        ("vae.decoder.mid.block_1.conv1.bias", (8, 8)),
+    ],
+)
+def test_impossible_shapes_are_the_files_fault(tmp_path, transformer, name, shape):
+    path = save_all_in_one(tmp_path / "model.safetensors", transformer=transformer)
+    save_file(load_file(path) | {name: torch.zeros(shape)}, path)
+    with pytest.raises(FormatError, match=r"model\.safetensors`: "):
+        read_inventory(path)

@@ -1,6 +1,7 @@
 """Memory that runs out, at every moment at which it can: the image comes all the same."""
 
 import pytest
+import torch
 from fake_device import FakeDevice
 from managed_models import budgets, draw, unmanaged, wish
 
@@ -61,6 +62,26 @@ def test_whatever_computation_finds_no_room_the_image_comes(open_on, expected, s
         assert all(notice.startswith(NOTICE) for notice in notices)
 
 
+class Library(FakeDevice):
+    """What runs out of memory is a library, which has its own words for it."""
+
+    def count(self, tensor):
+        try:
+            super().count(tensor)
+        except torch.OutOfMemoryError:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED") from None
+
+
+def test_where_a_library_finds_no_room_the_image_comes(open_on, expected):
+    budget = budgets(open_on(FakeDevice()), wish())[2]
+    total = num_allocations(open_on, FakeDevice, budget)
+    for number in range(5, total, total // 7):
+        images, notices = draw(open_on(Library(failing=[number]), budget), wish())
+
+        assert images == expected
+        assert all(notice.startswith(NOTICE) for notice in notices)
+
+
 def test_memory_that_another_program_takes_is_given_up(open_on, expected):
     tried = budgets(open_on(FakeDevice()), wish())
     frugal = FakeDevice()
@@ -113,6 +134,13 @@ def test_a_budget_that_no_plan_fits_is_refused_with_what_would(open_on):
     with pytest.raises(DoesNotFitError, match="needs 612 MiB") as raised:
         draw(open_on(FakeDevice(), budget - 2**20), wish())
     assert raised.value.hint.startswith("allow 612MiB")
+
+
+def test_a_device_that_others_have_filled_has_a_budget_of_nothing(open_on, monkeypatch):
+    monkeypatch.setattr(FakeDevice, "free_bytes", lambda _self: 2**20)
+
+    with pytest.raises(DoesNotFitError, match="the budget is 0 MiB"):
+        draw(open_on(FakeDevice(), None), wish())
 
 
 def test_a_device_without_room_for_what_is_always_there_is_refused(open_on):

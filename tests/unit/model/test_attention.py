@@ -1,5 +1,7 @@
 """The choice of an attention back end, without a GPU: what is measured is told by the test."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -50,6 +52,19 @@ def test_another_order_of_magnitude_is_measured_again(measured):
 def test_the_plain_formula_is_left_where_every_back_end_refuses(measured):
     measured[0].update(dict.fromkeys(attention.BACKENDS, float("inf")))
     assert choose() == SDPBackend.MATH
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_only_a_back_end_that_refuses_is_passed_over(monkeypatch, error):
+    def attend(*_):
+        raise error("no")
+
+    monkeypatch.setattr(attention.torch.cuda, "Event", lambda **_: None)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", attend)
+    found = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        found = attention._milliseconds(attention.BACKENDS[0], *torch.zeros(3, 1, 2, 5, 64))
+    assert found == (None if error is torch.OutOfMemoryError else float("inf"))
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(measured, monkeypatch):

@@ -1,50 +1,23 @@
 """Which graphs a step becomes, in which order they and the hooks of blocks run; without a GPU."""
 
-import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
+from fake_graphs import fake_graphs
 
-from flux_nf4.model import step_graph
+from flux_nf4.errors import FormatError
 from flux_nf4.model.build import build_transformer
 from flux_nf4.model.config import tiny
 from flux_nf4.model.fast_step import fused_step
 from flux_nf4.model.rope import rope_table
-from flux_nf4.model.step_graph import StepGraph
-
-
-class FakeStream:
-    def wait_stream(self, _other):
-        pass
+from flux_nf4.model.step_graph import CaptureError, StepGraph
 
 
 @pytest.fixture
 def log(monkeypatch):
     """What was done: `begin`, `end` and `replay` of graphs by their number, hooks by name."""
-    done, graphs = [], []
-
-    class FakeGraph:
-        def __init__(self):
-            graphs.append(self)
-            self.number = len(graphs) - 1
-
-        def capture_begin(self, **_options):
-            done.append(f"begin {self.number}")
-
-        def capture_end(self):
-            done.append(f"end {self.number}")
-
-        def replay(self):
-            done.append(f"replay {self.number}")
-
-    cuda = step_graph.torch.cuda
-    monkeypatch.setattr(cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(cuda, "current_stream", lambda _device: FakeStream())
-    monkeypatch.setattr(cuda, "stream", lambda _stream: contextlib.nullcontext())
-    monkeypatch.setattr(step_graph, "_side_stream", lambda _device: FakeStream())
-    return done
+    return fake_graphs(monkeypatch)
 
 
 @pytest.fixture
@@ -115,48 +88,76 @@ def test_calls_of_another_shape_run_as_they_are(blocks, log):
     assert log == []
 
 
-@torch.no_grad()
-def test_without_memory_for_a_graph_steps_run_as_they_are(blocks, log, monkeypatch):
-    graph, given = StepGraph(blocks, torch.device("cpu")), inputs(blocks.config)
-    expected = graph(*given)
-    step = blocks.fast_step
-
-    def full(*arguments):
-        if log and log[-1].startswith("begin"):
-            raise torch.OutOfMemoryError("full")
-        return step(*arguments)
-
-    blocks.fast_step = full
-    for _ in range(2):
-        assert torch.equal(graph(*given), expected)
-    assert log == ["begin 0", "end 0"]
-
-
-@torch.no_grad()
-def test_without_memory_for_graphs_of_weights_that_move_it_is_said(blocks, log, monkeypatch):
-    graph = StepGraph(blocks, torch.device("cpu"), lambda _: True)
-    given = inputs(blocks.config)
-    graph(*given)
+def full_from(monkeypatch, log, entry):
+    """Let products find no memory once something was done."""
     project = fused_step.__globals__["project"]
 
     def full(*arguments):
-        if "begin 2" in log:
+        if entry in log:
             raise torch.OutOfMemoryError("full")
         return project(*arguments)
 
     monkeypatch.setitem(fused_step.__globals__, "project", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        graph(*given)
 
 
 @torch.no_grad()
-def test_on_a_device_that_captures_nothing_steps_run_as_they_are(blocks, log, monkeypatch):
+@pytest.mark.parametrize(("is_moving", "number"), [(False, 0), (True, 2)])
+def test_without_memory_for_graphs_it_is_said(blocks, log, monkeypatch, is_moving, number):
+    given = inputs(blocks.config)
+    graph = StepGraph(blocks, torch.device("cpu"), lambda _: is_moving)
+    graph(*given)
+    full_from(monkeypatch, log, f"begin {number}")
+
+    with pytest.raises(CaptureError, match="full"):
+        graph(*given)
+    assert log[-2:] == [f"begin {number}", f"end {number}"]
+
+
+@torch.no_grad()
+def test_what_could_not_be_captured_is_captured_anew(blocks, log, monkeypatch):
     graph, given = StepGraph(blocks, torch.device("cpu"), lambda _: True), inputs(blocks.config)
     expected = graph(*given)
+    with monkeypatch.context() as patch:
+        full_from(patch, log, "begin 2")
+        with pytest.raises(CaptureError):
+            graph(*given)
+    log.clear()
 
-    def refuse(*_, **__):
-        raise RuntimeError("operation not supported")
+    assert torch.equal(graph(*given), expected)
+    captured = [entry for entry in log if entry.startswith("replay")]
+    log.clear()
+    graph(*given)
+    assert log == captured
 
-    monkeypatch.setattr(step_graph.torch.cuda.CUDAGraph, "capture_begin", refuse)
-    for _ in range(2):
-        assert torch.equal(graph(*given), expected)
+
+@torch.no_grad()
+def test_an_error_between_two_graphs_is_told_as_it_is(blocks, log):
+    given, other = inputs(blocks.config), FormatError("damaged")
+
+    def fail(*_):
+        if log:
+            raise other
+
+    blocks.single_blocks[1].register_forward_pre_hook(fail)
+    graph = StepGraph(blocks, torch.device("cpu"), lambda _: True)
+    graph(*given)
+    with pytest.raises(FormatError) as raised:
+        graph(*given)
+
+    assert raised.value is other
+    assert log[-1].startswith("replay")  # and no graph was ended twice
+
+
+@torch.no_grad()
+def test_a_device_that_captures_nothing_says_so(blocks, monkeypatch):
+    def refuse(action, _number):
+        if action == "begin":
+            raise RuntimeError("operation not supported\nmore of it")
+
+    log = fake_graphs(monkeypatch, refuse=refuse)
+    graph, given = StepGraph(blocks, torch.device("cpu"), lambda _: True), inputs(blocks.config)
+    graph(*given)
+
+    with pytest.raises(CaptureError, match=r"^operation not supported$"):
+        graph(*given)
+    assert log == []

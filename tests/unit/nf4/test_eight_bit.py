@@ -70,6 +70,14 @@ def test_negative_absmax_is_followed(arithmetic):
     assert relative_error(layer(x), exact) < EIGHT_BIT_PRODUCT[arithmetic]
 
 
+@both
+@pytest.mark.parametrize("shape", [(256,), (0, 256), (1, 0, 256)])
+def test_a_lone_token_and_none_at_all_are_multiplied(arithmetic, shape):
+    layer, x = random_layer(), random(*shape) if shape[0] else torch.zeros(shape)
+    layer.set_arithmetic(arithmetic)
+    assert torch.equal(layer(x), layer(x.reshape(-1, 256)).view(*shape[:-1], 48))
+
+
 def test_rotation_hides_an_outlier_from_int8():
     layer, x = random_layer(), random(7, 256)
     x[:, 3] *= 100

@@ -1,6 +1,7 @@
 """NF4Linear against `F.linear` on the dequantised weight: the same arithmetic, so the same bits."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn import functional
 
 from flux_nf4.errors import InputError, ShapeError
 from flux_nf4.nf4 import ops
-from flux_nf4.nf4.codec import NF4Weight
+from flux_nf4.nf4.codec import NestedAbsmax, NF4Weight
 from flux_nf4.nf4.linear import NF4Linear
 
 GENERATOR_SEED = 0
@@ -28,6 +29,10 @@ def random_layer(*, nested: bool = False, bias: bool = True) -> NF4Linear:
 def random_input(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(GENERATOR_SEED + 1)
     return torch.randn(2, 5, 128, generator=generator).to(dtype)
+
+
+def with_gaps(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x, x], 1)[:, 0]
 
 
 def plain_linear(layer: NF4Linear, x: torch.Tensor) -> torch.Tensor:
@@ -150,6 +155,18 @@ def test_weight_comes_back_as_it_went_in(nested: bool) -> None:
     back = NF4Linear(weight).weight
     assert (back.shape, back.dtype, back.is_nested) == (weight.shape, weight.dtype, nested)
     assert torch.equal(ops.dequantize(back), ops.dequantize(weight))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_layer_closes_gaps(nested: bool) -> None:
+    weight = ops.quantize(torch.ones(96, 128), nested=nested)
+    absmax = weight.absmax
+    if isinstance(absmax, NestedAbsmax):
+        absmax = replace(absmax, codes=with_gaps(absmax.codes))
+    else:
+        absmax = with_gaps(absmax)
+    layer = NF4Linear(replace(weight, codes=with_gaps(weight.codes), absmax=absmax))
+    assert all(buffer.is_contiguous() for buffer in layer.buffers())
 
 
 def test_layer_shares_memory_with_the_weight() -> None:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, compile_for
+import torch
+from ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, TURING, compile_for
 
 from flux_nf4.nf4 import triton_kernels
 from flux_nf4.nf4.picking import instructions
@@ -70,6 +71,21 @@ def test_expansion_compiles_for_every_generation(
 ) -> None:
     if out != "fp8e4nv" or capability in FP8_CAPABILITIES:
         assert expansion_ptx(capability, out, nested=True, is_picked=is_picked)
+
+
+@pytest.mark.parametrize("out", ["bf16", "fp32"])
+def test_expansion_without_picking_compiles_for_turing(out: str) -> None:
+    assert expansion_ptx(TURING, out, nested=True, is_picked=False)
+
+
+@pytest.mark.parametrize(("capability", "can_pick"), [((7, 5), False), ((8, 0), True)])
+def test_nothing_is_picked_before_ampere(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], can_pick: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(triton_kernels, "_can_pick", triton_kernels._can_pick.__wrapped__)
+    codes, out = torch.zeros(32, dtype=torch.uint8), torch.empty(1, 64, dtype=torch.bfloat16)
+    assert bool(triton_kernels._picking(codes, out, 64, "nf4")) == can_pick
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -7,7 +7,7 @@ from checkpoints import save_all_in_one, save_all_in_one_v1, save_quantized_diff
 from tiny_pipeline import save_tiny_folder, tiny_clip_tokenizer, tiny_parts, tiny_t5_tokenizer
 
 from flux_nf4 import FluxPipeline
-from flux_nf4.errors import InputError, ModelNotFoundError
+from flux_nf4.errors import InputError, ModelNotFoundError, ShapeError
 from flux_nf4.pipeline import tokenizers
 from flux_nf4.pipeline.load import demo_path
 from flux_nf4.pipeline.sampling import draw_noise, pack
@@ -261,6 +261,27 @@ def test_a_callback_sees_every_step_and_may_change_latents(pipeline):
     assert [step for step, _ in seen] == [0, 1]
     assert seen[0][1] == 1000.0
     assert not latents.any()
+
+
+def test_a_callbacks_latents_of_another_shape_are_refused(pipeline):
+    def callback(_pipeline, _step, _timestep, tensors):
+        return {"latents": tensors["latents"][:, 1:]}
+
+    with pytest.raises(ShapeError, match=r"\(1, 19, 64\) cannot take the place of \(1, 20, 64\)"):
+        pipeline("a cat", callback_on_step_end=callback, **CALL)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seed", "reason"),
+    [(["a", "\ud800"], 0, "not valid Unicode"), (["a", "b"], 2**64 - 1, "`seed`")],
+)
+def test_what_is_wrong_with_the_last_prompt_is_told_before_the_first_is_drawn(
+    pipeline, prompts, seed, reason
+):
+    steps = []
+    with pytest.raises(InputError, match=reason):
+        pipeline(prompts, seed=seed, callback_on_step_end=lambda *step: steps.append(step), **CALL)
+    assert steps == []
 
 
 def test_one_negative_prompt_serves_all_prompts(pipeline):

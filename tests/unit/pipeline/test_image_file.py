@@ -85,6 +85,13 @@ def test_a_name_that_is_none_is_an_input_error():
         open_image("a\0b")
 
 
+def test_a_device_without_end_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr("flux_nf4.pipeline.image_file._MAX_FILE_BYTES", 2**20)
+
+    with pytest.raises(FormatError, match="is not a PNG, JPEG or WebP image"):
+        open_image("/dev/zero")
+
+
 def test_a_file_beyond_all_measure_is_not_read(tmp_path):
     path = tmp_path / "huge.png"
     with path.open("wb") as file:

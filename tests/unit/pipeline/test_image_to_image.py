@@ -248,6 +248,12 @@ def test_a_mask_has_two_levels(tiny_model, level, is_white):
     assert found.pixel_mask.unique().tolist() == found.latent_mask.unique().tolist() == [is_white]
 
 
+@pytest.mark.parametrize(("level", "is_white"), [(0x7FFF, 0), (0x8000, 1)])
+def test_a_mask_of_sixteen_bits_has_two_levels(tiny_model, level, is_white):
+    mask = Image.fromarray(np.full((80, 64), level, dtype=np.uint16))
+    assert source(tiny_model, mask_image=mask).latent_mask.unique().tolist() == [is_white]
+
+
 def test_the_transparency_of_a_mask_says_nothing(tiny_model):
     clear = Image.new("RGBA", (64, 80), (255, 255, 255, 0))
     palette = Image.new("P", (64, 80))
@@ -291,6 +297,8 @@ def test_a_preview_shows_the_image_outside_the_mask(tiny_model):
         ({"image": None, "mask_image": LEFT_HALF}, "`mask_image` needs an `image`"),
         ({"image": "cat.png"}, "`image` must be a PIL.Image.Image, got `str`"),
         ({"mask_image": np.zeros((80, 64))}, "`mask_image` must be a PIL.Image.Image"),
+        ({"image": Image.new("RGB", (0, 5))}, "`image` of 0 x 5 has no pixels"),
+        ({"mask_image": Image.new("L", (5, 0))}, "`mask_image` of 5 x 0 has no pixels"),
         ({"num_previews": -1}, "`num_previews`"),
         ({"num_previews": True}, "`num_previews`"),
     ],
@@ -330,6 +338,7 @@ def test_an_image_on_its_side_has_its_upright_size(tiny_model):
     [
         ({"image": PICTURE, "latents": torch.zeros(1, 20, 64)}, "both say where to start"),
         ({"image": [PICTURE]}, "`image` must be a PIL.Image.Image"),
+        ({"image": Image.new("RGB", (0, 5))}, "no pixels"),
         ({"image": PICTURE, "width": "64"}, "width must be a whole number"),
         ({"image": PICTURE, "height": 100}, "96 or 112"),
         ({"mask_image": LEFT_HALF}, "needs an `image`"),

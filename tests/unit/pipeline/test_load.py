@@ -55,6 +55,13 @@ def test_schnell_embeds_no_guidance(tiny_schnell):
     assert tiny_schnell.variant == "schnell"
 
 
+@pytest.mark.parametrize("limit", [{"vram": 2**30}, {"ram": 2**30}])
+def test_a_limit_that_a_cpu_does_not_heed_is_told(tiny_folder, limit):
+    model = load_model(tiny_folder, dataclasses.replace(CPU, **limit))
+
+    assert "limits of memory are not used: the device is the CPU" in model.notes
+
+
 def test_missing_parts_are_named(tmp_path):
     entries = canonical_entries(save_diffusers_folder(tmp_path / "source"))["transformer"]
     path = save_transformer_only(tmp_path / "only.safetensors", entries)

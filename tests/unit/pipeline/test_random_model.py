@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from flux_nf4.formats.allinone import plan_all_in_one, planned_bytes
+from flux_nf4.formats.allinone import plan_all_in_one
 from flux_nf4.formats.checkpoint import open_checkpoint
+from flux_nf4.pipeline.conversion_output import OutputFile
 from flux_nf4.pipeline.load import LoadSettings, assemble_model
 from flux_nf4.pipeline.random_model import random_checkpoint, write_random_model
 
@@ -17,7 +18,7 @@ def test_a_written_flux1_dev_has_the_published_length():
 
     sources = plan_all_in_one(entries, vae_dtype=torch.float32, logit_scales=True)
 
-    assert planned_bytes(sources) == PUBLISHED_BYTES
+    assert OutputFile(sources=sources, metadata={}).num_bytes == PUBLISHED_BYTES
 
 
 @pytest.mark.parametrize(("name", "variant"), [("flux1-dev", "dev"), ("flux1-schnell", "schnell")])
