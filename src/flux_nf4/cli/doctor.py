@@ -15,6 +15,7 @@ from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.settings import Settings, read_options
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import InputError
+from flux_nf4.memory.host import measure_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +60,8 @@ def _examine(model: str | None) -> Iterator[Finding]:
     from flux_nf4.cli import machine
 
     yield from machine.python_findings()
-    yield machine.memory_finding(*machine.measure_memory())
+    host = measure_host()
+    yield machine.memory_finding(host.free, host.total)
     yield from machine.package_findings()
     yield machine.disk_finding(Path("outputs"), "images")
     settings, findings = _read_settings()

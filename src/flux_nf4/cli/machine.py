@@ -83,34 +83,6 @@ def memory_finding(free: int | None, total: int | None) -> Finding:
     return Finding(severity="ok", topic="memory", text=f"memory {said}")
 
 
-def measure_memory() -> tuple[int | None, int | None]:
-    """Free and total main memory in bytes, within a container's limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None, _total_memory()
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    free, total = sizes.get("MemAvailable"), sizes.get("MemTotal")
-    limit, used = (_cgroup_number(name) for name in ("memory.max", "memory.current"))
-    if limit is None or used is None or total is None or limit >= total:
-        return free, total
-    return min(max(limit - used, 0), limit if free is None else free), limit
-
-
-def _total_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _cgroup_number(name: str) -> int | None:
-    try:
-        return int((Path("/sys/fs/cgroup") / name).read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no such limit, or the word `max`
-        return None
-
-
 def package_findings(requirements: Iterable[str] | None = None) -> Iterator[Finding]:
     """Every package that flux-nf4 needs: its version, and whether that will do."""
     from packaging.requirements import Requirement

@@ -50,7 +50,9 @@ class PlanOptions:
         help="memory of the card: 6GB, 6144MB, ..., or `auto`\n[an overview from 2 GB to 24 GB]",
     )
     ram: str | None = option(
-        "--ram", metavar="SIZE", help="main memory that weights may take [as much as they need]"
+        "--ram",
+        metavar="SIZE",
+        help="main memory that weights may take\n[as they need; with `--vram auto` what is free]",
     )
     size: str | None = option(
         "-s",
@@ -156,12 +158,15 @@ def _outcome(
     vram: str, options: PlanOptions, inventory: Inventory, workload: Workload, machine: Machine
 ) -> _Outcome:
     from flux_nf4.memory.budget import Budget
+    from flux_nf4.memory.host import HostMemory, measure_host
     from flux_nf4.memory.plan import make_plan
 
     is_auto = vram == "auto"
+    host = measure_host() if is_auto else HostMemory(free=None, total=None)
     budget = Budget(
         device_bytes=_free_bytes() if is_auto else parse_memory(vram, "--vram"),
-        host_bytes=None if options.ram is None else parse_memory(options.ram, "--ram"),
+        host_bytes=host.for_weights if options.ram is None else parse_memory(options.ram, "--ram"),
+        pinned_bytes=host.for_pinning,
     )
     shown = f"the free {memory_text(budget.device_bytes)}" if is_auto else vram
     try:

@@ -38,7 +38,7 @@ class ModelSettings:
     ram: str | None = option(
         "--ram",
         metavar="SIZE",
-        help="of main memory, for weights [what they need]",
+        help="of main memory, for weights [what is free, less 2 GiB]",
         group="Model",
         setting=True,
     )

@@ -21,6 +21,7 @@ from flux_nf4.memory.budget import CONTEXT_BYTES, DESKTOP_BYTES, SLACK_BYTES, Bu
 from flux_nf4.memory.checkpoint_inventory import component_entries
 from flux_nf4.memory.contents import take_contents, weigh
 from flux_nf4.memory.device import CudaDevice, Device
+from flux_nf4.memory.host import measure_host
 from flux_nf4.memory.inventory import Inventory, take_inventory
 from flux_nf4.memory.plan import largest_size, make_plan, smallest_budget
 from flux_nf4.memory.residency import Residency
@@ -87,6 +88,7 @@ class ModelMemory:
         self.texts = TextCache()
         self.residency = residency
         self.inventory, self._free_bytes, self._ram = inventory, free_bytes, ram
+        self._host = measure_host()
         self._budget: Budget | None = None
         self._workload: Workload | None = None
         self._phases: set[Phase] = set()
@@ -120,12 +122,18 @@ class ModelMemory:
             self.residency.device.cap(None if vram is None else vram - CONTEXT_BYTES // 2)
 
     def _budget_of(self, vram: int | None) -> Budget:
+        host_bytes = self._host.for_weights if self._ram is None else self._ram
+        pinned_bytes = self._host.for_pinning
         if vram is not None:
-            return Budget(device_bytes=vram, context_bytes=CONTEXT_BYTES, host_bytes=self._ram)
+            return Budget(device_bytes=vram, host_bytes=host_bytes, pinned_bytes=pinned_bytes)
         if self._free_bytes is None:
             raise InputError("this device does not tell how much is free", hint="name an amount")
-        device_bytes = max(0, self._free_bytes - DESKTOP_BYTES)
-        return Budget(device_bytes=device_bytes, context_bytes=0, host_bytes=self._ram)
+        return Budget(
+            device_bytes=max(0, self._free_bytes - DESKTOP_BYTES),
+            context_bytes=0,
+            host_bytes=host_bytes,
+            pinned_bytes=pinned_bytes,
+        )
 
     @property
     def batch_size(self) -> int | None:

@@ -7,9 +7,9 @@ they decide there (memory, data types) is decided here when the server starts.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
+from flux_nf4.memory.host import measure_host
 from flux_nf4.server.problems import ApiError
 
 if TYPE_CHECKING:
@@ -155,11 +155,8 @@ def models(context: Context) -> list[dict[str, Any]]:
 
 def memory() -> dict[str, Any]:
     """Main memory in bytes, where the system tells; the device belongs to another process."""
-    names = getattr(os, "sysconf_names", {})
+    host = measure_host()
     ram: dict[str, Any] = {"error": "unknown on this system"}
-    if "SC_AVPHYS_PAGES" in names:
-        page = os.sysconf("SC_PAGE_SIZE")
-        total = os.sysconf("SC_PHYS_PAGES") * page
-        free = os.sysconf("SC_AVPHYS_PAGES") * page
-        ram = {"free": free, "used": total - free, "total": total}
+    if host.free is not None and host.total is not None:
+        ram = {"free": host.free, "used": host.total - host.free, "total": host.total}
     return {"ram": ram, "cuda": {"error": "see `/metrics`"}}

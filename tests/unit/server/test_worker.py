@@ -253,7 +253,7 @@ def test_each_error_has_its_code(error, code, status):
     assert (failure["code"], failure["status"]) == (code, status)
 
 
-def test_an_error_of_a_librarys_is_not_told_in_its_own_words():
+def test_an_error_of_a_library_is_not_told_in_its_own_words():
     failure = describe(OSError("no such file: /home/somebody/.cache/kernel.so"))
 
     assert failure["message"] == "drawing failed: OSError"

@@ -1,0 +1,58 @@
+"""Main memory: how much there is, and how much of it weights may take where nobody says."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+# CUDA's libraries, PyTorch and an image on its way take 1.5 GB; the rest is for what runs beside.
+ROOM_BYTES = 2 * 2**30
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemory:
+    """Main memory in bytes, within a container's limit; None where the system does not tell."""
+
+    free: int | None
+    total: int | None
+
+    @property
+    def for_weights(self) -> int | None:
+        """What is free, less room for all else; weights without a place are read from the file."""
+        return None if self.free is None else max(0, self.free - ROOM_BYTES)
+
+    @property
+    def for_pinning(self) -> int | None:
+        """Half of all: pinned pages are never swapped, and Windows (WSL, too) pins no more."""
+        return None if self.total is None else self.total // 2
+
+
+def measure_host() -> HostMemory:
+    """What this process may have now."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return HostMemory(free=None, total=_total_bytes())
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    free, total = sizes.get("MemAvailable"), sizes.get("MemTotal")
+    limit, used = (_cgroup_number(name) for name in ("memory.max", "memory.current"))
+    if limit is None or used is None or total is None or limit >= total:
+        return HostMemory(free=free, total=total)
+    within = max(limit - used, 0)
+    return HostMemory(free=within if free is None else min(within, free), total=limit)
+
+
+def _total_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        return int((_CGROUP / name).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such limit, or the word `max`
+        return None
