@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -170,6 +171,9 @@ def _tricks(stepper: Stepper) -> dict[str, Callable[[], Any]]:
         "GELU in the product": swap(fast_step, "has_gelu", lambda *_: False),
         "expansion kernel": swap(ops, "_implementation", lambda _: ops.reference),
     }
+    if importlib.util.find_spec("sageattention"):
+        in_int8 = partial(fast_step.fast_step, attend=attention.attend_int8)
+        tricks["exact attention"] = swap(blocks, "fast_step", in_int8)
     for name in ("norm_modulate", "norm_rotate_out", "join"):
         tricks[f"fused {name}"] = swap(fused, name, _without_kernels(getattr(fused, name)))
     if stepper.model.arithmetic == "int8":  # the kernels of fp8, but for two

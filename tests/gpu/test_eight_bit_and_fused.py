@@ -185,6 +185,15 @@ def test_eight_bits_move_the_velocity_little(blocks, arithmetic):
     assert error < EIGHT_BIT_STEP[arithmetic]
 
 
+@torch.no_grad()
+def test_attention_in_eight_bits_moves_the_velocity_little(blocks):
+    pytest.importorskip("sageattention")
+    attend = attention.choose_attention("int8", torch.device("cuda"))
+    exact = blocks.plain_step(*inputs(blocks.config, torch.float32))
+    found = fused_step(blocks, *inputs(blocks.config), attend=attend)
+    assert relative_error(found, exact) < EIGHT_BIT_STEP["int8"]
+
+
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @torch.no_grad()
 def test_a_captured_step_equals_an_eager_one(blocks, arithmetic):

@@ -63,6 +63,13 @@ class BenchOptions:
         help="`bf16`: exact; `fp8`, `int8`; `auto`: the fastest [bf16]",
         group="Model",
     )
+    attention: Literal["exact", "int8"] = option(
+        "--attention",
+        metavar="NAME",
+        default="exact",
+        help="`exact`, or `int8` with sageattention [exact]",
+        group="Model",
+    )
     vram: str | None = option(
         "--vram",
         metavar="SIZE",
@@ -193,7 +200,12 @@ def _drawing(
     began_s = time.perf_counter()
     model = assemble_model(
         checkpoint,
-        LoadSettings(device=options.device, arithmetic=options.arithmetic, vram=vram),
+        LoadSettings(
+            device=options.device,
+            vram=vram,
+            arithmetic=options.arithmetic,
+            attention=options.attention,
+        ),
     )
     load_s = time.perf_counter() - began_s
     own = model.facts.default_size
@@ -217,6 +229,7 @@ def _drawing(
         "steps": steps,
         "batch": options.batch,
         "arithmetic": model.arithmetic,
+        "attention": options.attention,
         "dtype": str(model.dtype).removeprefix("torch."),
         "vram": vram,
         "text_tokens": model.facts.max_sequence_length,

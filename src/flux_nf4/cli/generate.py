@@ -115,7 +115,13 @@ def run(options: GenerateOptions) -> int:
         path = None if is_demo else path_of(str(options.model))
         model = load_model(
             path,
-            LoadSettings(device=options.device, vram=vram, ram=ram, arithmetic=options.arithmetic),
+            LoadSettings(
+                device=options.device,
+                vram=vram,
+                ram=ram,
+                arithmetic=options.arithmetic,
+                attention=options.attention,
+            ),
         )
         requests = [_request(options, size, source, prompt, seed, model) for prompt in prompts]
         width, height = requests[0].width, requests[0].height

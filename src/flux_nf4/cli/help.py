@@ -48,8 +48,8 @@ def top_help(verbs: Sequence[Verb]) -> str:
     lines = [f"{_heading('Usage:')} flux-nf4 VERB [OPTIONS]", "", "FLUX.1 images from NF4 weights."]
     lines += _section("Verbs", [(verb.name, verb.summary) for verb in verbs])
     lines += _section("Options", _TOP_OPTIONS)
-    lines += _section("Example", [])
-    lines += [f"  flux-nf4 {verbs[0].name} {verbs[0].examples[0]}", "", *_TOP_NOTE]
+    lines += _examples(verbs[0].name, verbs[0].examples[:1])
+    lines += ["", *_TOP_NOTE]
     return "\n".join(lines)
 
 
@@ -62,12 +62,17 @@ def verb_help(verb: Verb) -> str:
         rows = [(_names(each), each.flag.help) for each in shown if each.flag.group == group]
         lines += _section(group, rows)
     lines.append(_row(*_HELP))
-    if verb.examples:
-        lines += _section("Examples", [])
-        lines += [f"  flux-nf4 {verb.name} {example}".rstrip() for example in verb.examples]
+    lines += _examples(verb.name, verb.examples)
     if verb.note:
         lines += ["", verb.note]
     return "\n".join(lines)
+
+
+def _examples(name: str, examples: Sequence[str]) -> list[str]:
+    commands = [f"flux-nf4 {name} {example}".rstrip() for example in examples]
+    if len(commands) == 1:
+        return ["", f"{_heading('Example:')} {commands[0]}"]
+    return [*_section("Examples", []), *(f"  {command}" for command in commands)]
 
 
 def _names(parameter: Parameter) -> str:

@@ -181,6 +181,7 @@ def _engine_settings(options: ServeOptions) -> EngineSettings:
         vram=parse_limit(options.vram, "--vram"),
         ram=parse_limit(options.ram, "--ram"),
         arithmetic=options.arithmetic,
+        attention=options.attention,
         warm_up=not options.no_warm_up,
         journal=None if options.durable is None else path_of(options.durable),
     )
@@ -234,5 +235,5 @@ VERB = Verb(
     summary="Serve a web page, and the APIs of OpenAI and A1111.",
     options=ServeOptions,
     run=run,
-    examples=("--host 0.0.0.0 --api-key-file keys.txt -m model.safetensors",),
+    examples=("--host 0.0.0.0 --api-key-file keys.txt -m nf4.safetensors",),
 )

@@ -50,6 +50,14 @@ class ModelSettings:
         group="Model",
         setting=True,
     )
+    attention: Literal["exact", "int8"] = option(
+        "--attention",
+        metavar="NAME",
+        default="exact",
+        help="`exact`, or `int8` with sageattention [exact]",
+        group="Model",
+        setting=True,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ class Verb:
     summary: str
     options: type
     run: Callable[[Any], int]
-    examples: tuple[str, ...] = ()
+    examples: tuple[str, ...]
     note: str = ""  # what the options alone do not say
 
 

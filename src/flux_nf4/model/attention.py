@@ -5,8 +5,10 @@ reaches 655 TFLOP/s at FLUX's shapes and the flash back end 332. So the first ca
 what is there on its own inputs, some tens of milliseconds, and remembers the winner for as long as
 the process lives.
 
-Nothing is copied before it: `heads_out` makes the tensors that the kernel before writes into. An
-8-bit attention is not here: no library that offers one is among the dependencies.
+Nothing is copied before it: `heads_out` makes the tensors that the kernel before writes into.
+
+In 8 bits (queries and keys in int8, weights of values in float16) the library SageAttention
+attends, where it is installed and asked for.
 
 Shape letters, in this module only:
     B  batch    S  tokens    N  heads    D  head channels
@@ -14,15 +16,21 @@ Shape letters, in this module only:
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flux_nf4.errors import InputError
 from flux_nf4.nf4.eight_bit import Arithmetic
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionWish = Literal["exact", "int8"]
 
 # Those that keep no matrix of scores, which is gigabytes. The first is taken where nothing can be
 # measured, while a graph is captured.
@@ -38,8 +46,39 @@ NUM_HEAD_START_CYCLES = 4_000_000
 # On an H200 cuDNN reaches 645 TFLOP/s with the first, values apart, and 600 with the other; but a
 # bfloat16 product reads the other as it is, and 8 bits are written anew in any case.
 HEADS_FIRST: dict[Arithmetic, bool] = {"bf16": False, "fp8": True, "int8": True}
+# SageAttention's kernels hold data types and instructions of Ampere's.
+_INT8_CAPABILITY = (8, 0)
 
 _fastest: dict[tuple[Any, ...], SDPBackend] = {}
+
+
+def check_attention(wish: str) -> None:
+    """Raises InputError unless `wish` is a name that this package knows."""
+    if wish not in get_args(AttentionWish):
+        names = " or ".join(f"`{name}`" for name in get_args(AttentionWish))
+        raise InputError(f"`{wish}` is not a way of attention", hint=f"use {names}")
+
+
+def choose_attention(wish: AttentionWish, device: torch.device) -> Attend:
+    """What attends on a device.
+
+    Raises:
+        InputError: the device cannot do it in 8 bits, or the library for that is not installed.
+    """
+    check_attention(wish)
+    if wish == "exact":
+        return attend
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _INT8_CAPABILITY:
+        raise InputError(
+            f"`{device}` has no attention in int8",
+            hint="it takes an NVIDIA GPU from RTX 30 on; use `exact`",
+        )
+    if importlib.util.find_spec("sageattention") is None:
+        raise InputError(
+            "attention in int8 needs the package sageattention, which is not installed",
+            hint="`pip install 'flux-nf4[sage]'`, or use `exact`",
+        )
+    return attend_int8
 
 
 def heads_out(
@@ -59,6 +98,14 @@ def attend(q_BSND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     with sdpa_kernel(_fastest_backend(q, k, v)):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def attend_int8(q_BSND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
+    """As `attend`, in 8 bits; `k_BSND` is written over."""
+    from sageattention import sageattn
+
+    with torch.cuda.device(q_BSND.device):  # on which Triton launches, whatever the tensors' own is
+        return sageattn(q_BSND, k_BSND, v_BSND, tensor_layout="NHD")
 
 
 def _fastest_backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:

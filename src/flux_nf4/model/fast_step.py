@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_nf4.model import fused
-from flux_nf4.model.attention import HEADS_FIRST, attend, heads_out
+from flux_nf4.model.attention import HEADS_FIRST, Attend, attend, heads_out
 from flux_nf4.nf4.linear import NF4Linear
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 
 def fast_step(
-    blocks: FluxBlocks, img_BLC: Tensor, txt_BTD: Tensor, modulation_BM: Tensor, rope_2SF: Tensor
+    blocks: FluxBlocks,
+    img_BLC: Tensor,
+    txt_BTD: Tensor,
+    modulation_BM: Tensor,
+    rope_2SF: Tensor,
+    attend: Attend = attend,
 ) -> Tensor:
     """As `FluxBlocks.forward`; where there are no kernels for it, `FluxBlocks.plain_step`.
 
@@ -43,11 +48,16 @@ def fast_step(
     is_traced = torch.compiler.is_compiling()
     if is_traced or fused.kernels(img_BLC.device.type) is None:
         return blocks.plain_step(img_BLC, txt_BTD, modulation_BM, rope_2SF)
-    return fused_step(blocks, img_BLC, txt_BTD, modulation_BM, rope_2SF)
+    return fused_step(blocks, img_BLC, txt_BTD, modulation_BM, rope_2SF, attend)
 
 
 def fused_step(
-    blocks: FluxBlocks, img_BLC: Tensor, txt_BTD: Tensor, modulation_BM: Tensor, rope_2SF: Tensor
+    blocks: FluxBlocks,
+    img_BLC: Tensor,
+    txt_BTD: Tensor,
+    modulation_BM: Tensor,
+    rope_2SF: Tensor,
+    attend: Attend = attend,
 ) -> Tensor:
     """(B, L, C), (B, T, context), (B or 1, M), (2, S, F) -> velocity (B, L, C)."""
     double, single, final = blocks.vectors(modulation_BM)
@@ -55,11 +65,11 @@ def fused_step(
     img, txt = _Stream(blocks.img_in(img_BLC)), _Stream(blocks.txt_in(txt_BTD))
     for i, block in enumerate(blocks.double_blocks):
         blocks.on_block(block)
-        _double(cast("DoubleStreamBlock", block), img, txt, double[i], rope_2SF)
+        _double(cast("DoubleStreamBlock", block), img, txt, double[i], rope_2SF, attend)
     joined = _Stream(torch.cat((txt.updated(), img.updated()), dim=1))
     for i, block in enumerate(blocks.single_blocks):
         blocks.on_block(block)
-        _single(cast("SingleStreamBlock", block), joined, single[i], rope_2SF)
+        _single(cast("SingleStreamBlock", block), joined, single[i], rope_2SF, attend)
     shift_BH, scale_BH = final.chunk(2, dim=-1)
     rows = joined.tokens(num_txt).norm_modulate(shift_BH, scale_BH, blocks.final_layer.linear)
     return project(blocks.final_layer.linear, rows, img_BLC.dtype)
@@ -140,7 +150,12 @@ class _Stream:
 
 
 def _double(
-    block: DoubleStreamBlock, img: _Stream, txt: _Stream, modulation_B12H: Tensor, rope_2SF: Tensor
+    block: DoubleStreamBlock,
+    img: _Stream,
+    txt: _Stream,
+    modulation_B12H: Tensor,
+    rope_2SF: Tensor,
+    attend: Attend,
 ) -> None:
     num_txt, dtype = txt.x.shape[1], img.x.dtype
     img_vectors, txt_vectors = (half.chunk(6, -1) for half in modulation_B12H.chunk(2, -1))
@@ -169,27 +184,35 @@ def _double(
 
 
 def _single(
-    block: SingleStreamBlock, stream: _Stream, modulation_B3H: Tensor, rope_2SF: Tensor
+    block: SingleStreamBlock,
+    stream: _Stream,
+    modulation_B3H: Tensor,
+    rope_2SF: Tensor,
+    attend: Attend,
 ) -> None:
     shift_BH, scale_BH, gate_BH = modulation_B3H.chunk(3, dim=-1)
     rows = stream.norm_modulate(shift_BH, scale_BH, block.linear1)
     if has_gelu(rows, block.linear1, block.linear2):
         qkv, inner = project_gelu(block.linear1, rows, block.widths[0])
-        attended = _attend(block, qkv, rope_2SF)
+        attended = attend(*_heads(block, qkv, rope_2SF))
         update = project_both(block.linear2, attended.flatten(2), inner)
     else:
         dtype = stream.x.dtype
         qkv, inner = project(block.linear1, rows, dtype).split(block.widths, dim=-1)
-        rows = fused.join(_attend(block, qkv, rope_2SF), inner, arithmetic_of(block.linear2))
+        rows = fused.join(
+            attend(*_heads(block, qkv, rope_2SF)), inner, arithmetic_of(block.linear2)
+        )
         update = project(block.linear2, rows, dtype)
     stream.update = update, gate_BH
 
 
-def _attend(block: SingleStreamBlock, qkv_BSX: Tensor, rope_2SF: Tensor) -> Tensor:
+def _heads(
+    block: SingleStreamBlock, qkv_BSX: Tensor, rope_2SF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     heads_first = HEADS_FIRST[arithmetic_of(block.linear2)]
     sizes = qkv_BSX.shape[1], block.num_heads, 2 * rope_2SF.shape[2]
     q, k, v = (heads_out(qkv_BSX, *sizes, heads_first=heads_first) for _ in range(3))
     if not heads_first:
         v = qkv_BSX.unflatten(-1, (3, *q.shape[2:]))[:, :, 2]  # as it lies there
     fused.norm_rotate_out(qkv_BSX, block.norm, rope_2SF, (q, k, v if heads_first else None))
-    return attend(q, k, v)
+    return q, k, v

@@ -22,7 +22,9 @@ from flux_nf4.model.arithmetic import (
     choose_arithmetic,
     set_arithmetic,
 )
+from flux_nf4.model.attention import AttentionWish, check_attention, choose_attention
 from flux_nf4.model.build import build_autoencoder, build_clip, build_t5, build_transformer
+from flux_nf4.model.fast_step import fast_step
 from flux_nf4.pipeline.convert import QuantizationWish, quantize_component
 from flux_nf4.pipeline.model_memory import ModelMemory, attempt, manage, managed_device
 from flux_nf4.pipeline.sampling import LATENT_CHANNELS, PIXELS_PER_LATENT
@@ -57,11 +59,11 @@ class LoadSettings:
     FLUX's activations overflow it. `quantization` None: the weights as the file has them.
     `arithmetic`: how the transformer's NF4 layers multiply. `bf16` is exact: in the model's dtype;
     `fp8` and `int8` are quicker on a GPU that has them; `auto` takes the quickest, and a note of
-    the model says which.
+    the model says which. `attention`: `exact`, or `int8` with the package sageattention.
 
     Raises:
-        InputError: the device is unknown or absent, or has no such arithmetic; or the dtype is not
-            one to compute in.
+        InputError: the device is unknown or absent, or has no such arithmetic or attention; or the
+            dtype is not one to compute in.
     """
 
     device: str = "auto"
@@ -70,9 +72,11 @@ class LoadSettings:
     vram: int | None = None
     ram: int | None = None
     arithmetic: ArithmeticWish = "bf16"
+    attention: AttentionWish = "exact"
 
     def __post_init__(self) -> None:
         check_arithmetic(self.arithmetic)
+        check_attention(self.attention)
         if self.dtype is not None and self.dtype not in COMPUTE_DTYPES:
             raise InputError(
                 f"cannot compute in `{self.dtype}`",
@@ -126,6 +130,7 @@ def assemble_model(checkpoint: Checkpoint, settings: LoadSettings) -> Model:
     device = resolve_device(settings.device)
     dtype = settings.dtype or default_dtype(device)
     arithmetic, note = choose_arithmetic(settings.arithmetic, device)
+    attend = choose_attention(settings.attention, device)
     checkpoint.require_complete()
     check_variant(checkpoint)
     check_facts(checkpoint.facts)
@@ -160,6 +165,7 @@ def assemble_model(checkpoint: Checkpoint, settings: LoadSettings) -> Model:
         arithmetic=arithmetic,
     )
     set_arithmetic(model.transformer.blocks, arithmetic)
+    model.transformer.blocks.fast_step = partial(fast_step, attend=attend)
     check_parts_match(model)
     return model if manager is None else _managed(model, components, manager, settings)
 

@@ -26,8 +26,9 @@ class EngineSettings:
     after its start, is killed.
     `max_queue` jobs may wait, and more only of owners who have less than their share of these.
     `journal` is the file that keeps unfinished jobs over a restart of the server; None keeps none.
-    `vram`, `ram` (in bytes) and `arithmetic` are each worker's, as in `LoadSettings`. `warm_up`: on
-    a GPU a worker draws an image before it takes jobs, so that the first is no slower than others.
+    `vram`, `ram` (in bytes), `arithmetic` and `attention` are each worker's, as in `LoadSettings`.
+    `warm_up`: on a GPU a worker draws an image before it takes jobs, so that the first is no slower
+    than others.
     Finished jobs are kept up to `max_kept_jobs` and `max_kept_bytes`, the newest of them.
 
     Raises:
@@ -44,6 +45,7 @@ class EngineSettings:
     vram: int | None = None
     ram: int | None = None
     arithmetic: str = "bf16"
+    attention: str = "exact"
     warm_up: bool = True
     max_kept_jobs: int = 1000
     max_kept_bytes: int = 512 * 2**20

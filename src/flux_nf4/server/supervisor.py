@@ -240,6 +240,7 @@ class Supervisor:
             vram=self._settings.vram,
             ram=self._settings.ram,
             arithmetic=self._settings.arithmetic,
+            attention=self._settings.attention,
             warm_up=self._settings.warm_up,
         )
         try:

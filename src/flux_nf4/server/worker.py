@@ -102,7 +102,10 @@ class Worker:
             path,
             LoadSettings(
                 device=str(device),
-                **{name: parent.settings[name] for name in ("vram", "ram", "arithmetic")},
+                **{
+                    name: parent.settings[name]
+                    for name in ("vram", "ram", "arithmetic", "attention")
+                },
             ),
         )
         plan = self.model.memory.plan

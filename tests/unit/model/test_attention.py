@@ -1,11 +1,14 @@
 """The choice of an attention back end, without a GPU: what is measured is told by the test."""
 
 import contextlib
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from flux_nf4.errors import InputError
 from flux_nf4.model import attention
 
 
@@ -78,3 +81,56 @@ def test_heads_lie_in_the_order_of_choice(heads_first):
     out = attention.heads_out(torch.zeros(2, 1), 5, 3, 64, heads_first=heads_first)
     assert out.shape == (2, 5, 3, 64)
     assert out.transpose(1, 2).is_contiguous() == heads_first
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A device of compute capability 8.6, with the library; and the layouts it was called with."""
+    library, layouts = ModuleType("sageattention"), []
+
+    def sageattn(q, k, v, tensor_layout):
+        layouts.append(tensor_layout)
+        return attention.attend(q, k, v)
+
+    library.sageattn = sageattn
+    library.__spec__ = object()
+    monkeypatch.setitem(sys.modules, "sageattention", library)
+    monkeypatch.setattr(attention.torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(attention.torch.cuda, "device", lambda _: contextlib.nullcontext())
+    return torch.device("cuda"), layouts
+
+
+def test_attention_is_exact_by_default_and_everywhere():
+    assert attention.choose_attention("exact", torch.device("cpu")) is attention.attend
+
+
+def test_eight_bits_are_left_to_the_library_with_tokens_before_heads(card):
+    device, layouts = card
+    q, k, v = torch.randn(3, 2, 5, 4, 64, generator=torch.Generator().manual_seed(1))
+
+    attended = attention.choose_attention("int8", device)(q, k, v)
+
+    assert layouts == ["NHD"]
+    assert torch.equal(attended, attention.attend(q, k, v))
+
+
+def test_eight_bits_need_a_card_that_has_them(card, monkeypatch):
+    monkeypatch.setattr(attention.torch.cuda, "get_device_capability", lambda _: (7, 5))
+
+    with pytest.raises(InputError, match="`cuda` has no attention in int8"):
+        attention.choose_attention("int8", card[0])
+    with pytest.raises(InputError, match="`cpu` has no attention in int8"):
+        attention.choose_attention("int8", torch.device("cpu"))
+
+
+def test_eight_bits_need_the_library(card, monkeypatch):
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: None)
+
+    with pytest.raises(InputError, match="sageattention") as caught:
+        attention.choose_attention("int8", card[0])
+    assert "pip install 'flux-nf4[sage]'" in caught.value.hint
+
+
+def test_a_way_that_nobody_knows_is_refused():
+    with pytest.raises(InputError, match="`fp4` is not a way of attention"):
+        attention.check_attention("fp4")

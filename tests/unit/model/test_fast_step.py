@@ -156,3 +156,17 @@ def test_fused_functions_write_float32_scales_that_a_token_shares():
     )
     assert (rows.values.dtype, rows.values.shape) == (torch.int8, (2, 3, 64))
     assert (rows.scale.dtype, rows.scale.shape) == (torch.float32, (2, 3, 1))
+
+
+@torch.no_grad()
+def test_a_step_attends_as_it_is_told_to_in_every_block(build):
+    blocks, calls = build(), []
+
+    def zeros(q, k, v):
+        calls.append(q.shape)
+        return torch.zeros_like(v)
+
+    told = fused_step(blocks, *inputs(blocks.config), attend=zeros)
+
+    assert len(calls) == len(blocks.double_blocks) + len(blocks.single_blocks)
+    assert not torch.equal(told, fused_step(blocks, *inputs(blocks.config)))

@@ -37,7 +37,8 @@ class FakeParent:
     """Keeps what a worker says; of an image the pixels."""
 
     def __init__(self, path):
-        wishes = {"vram": PLENTY, "ram": None, "arithmetic": "bf16", "warm_up": True}
+        exact = {"arithmetic": "bf16", "attention": "exact"}
+        wishes = {"vram": PLENTY, "ram": None, "warm_up": True, **exact}
         self.settings = {"device": "cpu", "model": str(path)} | wishes
         self.shared, self.cancelled = make_shared_memory(), set()
         self.orders, self.budgets, self.answers = SimpleQueue(), SimpleQueue(), SimpleQueue()
