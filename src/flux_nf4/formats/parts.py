@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flux_nf4.errors import FormatError, InputError, ModelNotFoundError
+from flux_nf4.errors import InputError, ModelNotFoundError
 from flux_nf4.formats import folder
-from flux_nf4.formats.canonical import StoredTensor, list_names, read_component
+from flux_nf4.formats.canonical import read_component, tensors_by_part
 from flux_nf4.formats.facts import Facts
-from flux_nf4.formats.keymap import split_prefix
 from flux_nf4.formats.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -44,17 +43,8 @@ def open_part(kind: ComponentKind, path: str | Path) -> Component:
 
 
 def _open_file(kind: ComponentKind, path: Path) -> Component:
-    file = TensorFile(path)
-    tensors: dict[str, StoredTensor] = {}
-    for full_name in file.names:
-        found, name = split_prefix(full_name, kind)
-        if found != kind:
-            continue
-        if name in tensors:
-            names = list_names([full_name, tensors[name].name])
-            raise FormatError(f"`{path}` holds one tensor under two names: {names}")
-        tensors[name] = StoredTensor(file, full_name)
-    if not tensors:
+    tensors = tensors_by_part(TensorFile(path), bare=kind).get(kind)
+    if tensors is None:
         raise ModelNotFoundError(f"`{path}` holds no {kind}")
     return read_component(kind, tensors, path)
 
@@ -65,6 +55,6 @@ def recorded_facts(component: Component) -> Facts | None:
     Raises:
         FormatError: the entry is damaged.
     """
-    if not component.source.is_file():
+    if len(component.files) != 1:
         return None
-    return Facts.from_metadata(TensorFile(component.source).metadata)
+    return Facts.from_metadata(component.files[0].metadata)
