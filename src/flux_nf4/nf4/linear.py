@@ -211,6 +211,10 @@ class NF4Linear(nn.Module):
                 self._buffers[name] = buffer.to(after.device)
         return self
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._row_scales = None  # of another weight
+        super()._load_from_state_dict(*arguments)
+
     def extra_repr(self) -> str:
         """The arguments that `repr` shows."""
         nested = ", nested" if self.is_nested else ""
