@@ -72,7 +72,7 @@ class Checkpoint:
         transformer = self.components.get("transformer")
         if transformer is None:
             return "none"
-        # The shape of the weight, not of its packed bytes: see FORMAT rule 1 in `bnb`.
+        # The shape of the weight itself: that of its packed bytes ends in 1, whatever the model.
         num_channels = transformer.parts("img_in.weight")[0].shape[-1]
         return variant_name(num_channels, guidance=has_guidance(transformer))
 

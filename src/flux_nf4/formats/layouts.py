@@ -28,7 +28,7 @@ from flux_nf4.formats.forms import (
     whole_piece,
 )
 from flux_nf4.formats.keymap import transformer_table
-from flux_nf4.formats.schema import expected_shapes
+from flux_nf4.formats.schema import count_numbered, expected_shapes
 from flux_nf4.nf4.codec import NF4Weight
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _transformer_pieces(
             for name in entries
         }
     table = transformer_table(
-        _num_blocks(entries, "double_blocks."), _num_blocks(entries, "single_blocks.")
+        count_numbered(entries, "double_blocks."), count_numbered(entries, "single_blocks.")
     )
     pieces: dict[str, Piece] = {}
     for name in entries:
@@ -224,10 +224,6 @@ def _transformer_pieces(
         cut = split_pieces(entries, name, form, num_pieces=len(theirs), split=split)
         pieces.update(zip(theirs, cut, strict=True))
     return pieces
-
-
-def _num_blocks(names: Iterable[str], prefix: str) -> int:
-    return len({name.split(".")[1] for name in names if name.startswith(prefix)})
 
 
 def _transformer_notes(form: Form, unnested: list[NF4Weight]) -> tuple[str, ...]:
