@@ -17,6 +17,7 @@ from flux_nf4.formats.canonical import list_names, read_component, tensors_by_pa
 from flux_nf4.formats.component import COMPONENT_KINDS, Component, ComponentKind
 from flux_nf4.formats.facts import FLUX_1_DEV, FLUX_1_SCHNELL, Facts
 from flux_nf4.formats.keymap import variant_name
+from flux_nf4.formats.parts import recorded_facts
 from flux_nf4.formats.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -177,15 +178,12 @@ def _open_file(path: Path) -> Checkpoint:
     components = {
         kind: read_component(kind, groups[kind], path) for kind in COMPONENT_KINDS if kind in groups
     }
-    try:
-        facts = Facts.from_metadata(file.metadata)
-    except FormatError as error:
-        raise FormatError(f"`{path}`: {error.message}", hint=error.hint) from error
+    transformer = components["transformer"]
     return Checkpoint(
         path=path,
         layout="all-in-one" if len(components) > 1 else "transformer-only",
         components=components,
-        facts=facts or _default_facts(components["transformer"]),
+        facts=recorded_facts(transformer) or _default_facts(transformer),
     )
 
 

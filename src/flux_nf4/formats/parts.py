@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flux_nf4.errors import InputError, ModelNotFoundError
+from flux_nf4.errors import FormatError, InputError, ModelNotFoundError
 from flux_nf4.formats import folder
 from flux_nf4.formats.canonical import read_component, tensors_by_part
 from flux_nf4.formats.facts import Facts
@@ -50,11 +50,14 @@ def _open_file(kind: ComponentKind, path: Path) -> Component:
 
 
 def recorded_facts(component: Component) -> Facts | None:
-    """The facts that our writers put into the metadata of a transformer's file, if they did.
+    """The facts that our writers put into the metadata of a transformer's one file, if they did.
 
     Raises:
         FormatError: the entry is damaged.
     """
     if len(component.files) != 1:
         return None
-    return Facts.from_metadata(component.files[0].metadata)
+    try:
+        return Facts.from_metadata(component.files[0].metadata)
+    except FormatError as error:
+        raise FormatError(f"`{component.source}`: {error.message}", hint=error.hint) from error
