@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from flux_nf4.formats.checkpoint import Checkpoint, Component, Entry
+    from flux_nf4.formats.checkpoint import Checkpoint
+    from flux_nf4.formats.component import Component, Entry
 
 ROOT = Path(__file__).parents[1]
 BF16_WEIGHTS = ROOT / "training" / "weights" / "flux-demo-bf16.safetensors"

@@ -67,7 +67,7 @@ def test_a_file_of_it_is_surveyed_from_its_header_alone(quantized, tmp_path):
     tensors |= {f"text_encoders.t5xxl.{name}": file.tensor(name) for name in file.names}
     save_file(tensors, tmp_path / "model.safetensors")
     found = survey(tmp_path / "model.safetensors")
-    stored = open_checkpoint(tmp_path / "model.safetensors").summary()["t5"]
+    stored = open_checkpoint(tmp_path / "model.safetensors").components["t5"].summary()
     assert found.parts["t5"].stored == {
         form: (each.num_tensors, each.num_bytes) for form, each in stored.items()
     }

@@ -14,8 +14,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flux_nf4.errors import DiskError
-from flux_nf4.formats.atomic import flush_folder
+from flux_nf4.formats.atomic import disk_error, flush_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,10 +34,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         replace_folder(temporary, target)
     except OSError as error:
-        raise DiskError(
-            f"could not write `{path}`: {error.strerror or error}",
-            hint="check that folder, and how much is free on its disk",
-        ) from error
+        raise disk_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -56,7 +56,7 @@ def weight_from_tensors(name: str, codes: Tensor, companions: Mapping[str, Tenso
         )
     num_values = math.prod(state["shape"])
     block_size = state["blocksize"]
-    _check(f"{name}", codes, torch.uint8, (num_values // 2, 1))
+    _check(name, codes, torch.uint8, (num_values // 2, 1))
     num_blocks = num_values // block_size
     absmax_dtype = torch.uint8 if is_nested else torch.float32
     absmax = companions["absmax"]

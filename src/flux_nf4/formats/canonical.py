@@ -19,6 +19,7 @@ from flux_nf4.formats.keymap import (
     VAE_CONVOLUTION_AS_LINEAR,
     Table,
     separate,
+    split_prefix,
     table_for,
 )
 
@@ -72,6 +73,25 @@ def list_names(names: Iterable[str]) -> str:
     return listed if more <= 0 else f"{listed} and {more} more"
 
 
+def tensors_by_part(
+    file: TensorFile, bare: ComponentKind = "transformer"
+) -> dict[ComponentKind, dict[str, StoredTensor]]:
+    """The tensors of a file by their part, named without its prefix; those without one are `bare`.
+
+    Raises:
+        FormatError: two names stand for one tensor.
+    """
+    groups: dict[ComponentKind, dict[str, StoredTensor]] = {}
+    for full_name in file.names:
+        kind, name = split_prefix(full_name, bare)
+        group = groups.setdefault(kind, {})
+        if name in group:
+            names = list_names([full_name, group[name].name])
+            raise FormatError(f"`{file.path}` holds one tensor under two names: {names}")
+        group[name] = StoredTensor(file, full_name)
+    return groups
+
+
 def read_component(
     kind: ComponentKind, tensors: Mapping[str, StoredTensor], source: Path
 ) -> Component:
@@ -83,13 +103,10 @@ def read_component(
     plain, companions = _separate(kind, tensors, source)
     table = table_for(kind, plain)
     _check_names(kind, plain, table, source)
-    present = {canonical for canonical, names in table.names.items() if names[0] in plain}
     parts: dict[str, Parts] = {
-        canonical: tuple(
-            _read_entry(plain[name], companions.get(name, {})) for name in table.names[canonical]
-        )
-        for canonical in table.names
-        if canonical in present
+        canonical: tuple(_read_entry(plain[name], companions.get(name, {})) for name in names)
+        for canonical, names in table.names.items()
+        if names[0] in plain
     }
     if kind == "vae":
         _make_linear(parts)

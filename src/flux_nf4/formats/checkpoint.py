@@ -13,33 +13,15 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from flux_nf4.errors import FormatError, InputError, ModelNotFoundError
 from flux_nf4.formats import folder
-from flux_nf4.formats.canonical import StoredTensor, list_names, read_component
-from flux_nf4.formats.component import (
-    COMPONENT_KINDS,
-    Component,
-    ComponentKind,
-    Entries,
-    Entry,
-    Stored,
-)
+from flux_nf4.formats.canonical import list_names, read_component, tensors_by_part
+from flux_nf4.formats.component import COMPONENT_KINDS, Component, ComponentKind
 from flux_nf4.formats.facts import FLUX_1_DEV, FLUX_1_SCHNELL, Facts
-from flux_nf4.formats.keymap import split_prefix, variant_name
+from flux_nf4.formats.keymap import variant_name
+from flux_nf4.formats.parts import recorded_facts
 from flux_nf4.formats.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-
-__all__ = [
-    "COMPONENT_KINDS",
-    "Checkpoint",
-    "Component",
-    "ComponentKind",
-    "Entries",
-    "Entry",
-    "Layout",
-    "Stored",
-    "open_checkpoint",
-]
 
 Layout: TypeAlias = Literal["all-in-one", "transformer-only", "diffusers"]
 
@@ -91,13 +73,9 @@ class Checkpoint:
         transformer = self.components.get("transformer")
         if transformer is None:
             return "none"
-        # The shape of the weight, not of its packed bytes: see FORMAT rule 1 in `bnb`.
+        # The shape of the weight itself: that of its packed bytes ends in 1, whatever the model.
         num_channels = transformer.parts("img_in.weight")[0].shape[-1]
         return variant_name(num_channels, guidance=has_guidance(transformer))
-
-    def summary(self) -> dict[ComponentKind, dict[str, Stored]]:
-        """Part -> how it is stored -> how many tensors and bytes; reads headers only."""
-        return {kind: component.summary() for kind, component in self.components.items()}
 
     def require_complete(self) -> None:
         """Check that every part is there that an image needs.
@@ -191,7 +169,7 @@ def _open_diffusers_folder(path: Path) -> Checkpoint:
 
 def _open_file(path: Path) -> Checkpoint:
     file = TensorFile(path)
-    groups = _split_by_part(file)
+    groups = tensors_by_part(file)
     if not groups.get("transformer"):
         raise FormatError(
             f"`{path}` holds no FLUX transformer: {list_names(file.names) or 'it is empty'}",
@@ -200,28 +178,13 @@ def _open_file(path: Path) -> Checkpoint:
     components = {
         kind: read_component(kind, groups[kind], path) for kind in COMPONENT_KINDS if kind in groups
     }
-    try:
-        facts = Facts.from_metadata(file.metadata)
-    except FormatError as error:
-        raise FormatError(f"`{path}`: {error.message}", hint=error.hint) from error
+    transformer = components["transformer"]
     return Checkpoint(
         path=path,
         layout="all-in-one" if len(components) > 1 else "transformer-only",
         components=components,
-        facts=facts or _default_facts(components["transformer"]),
+        facts=recorded_facts(transformer) or _default_facts(transformer),
     )
-
-
-def _split_by_part(file: TensorFile) -> dict[ComponentKind, dict[str, StoredTensor]]:
-    groups: dict[ComponentKind, dict[str, StoredTensor]] = {}
-    for full_name in file.names:
-        kind, name = split_prefix(full_name)
-        group = groups.setdefault(kind, {})
-        if name in group:
-            names = list_names([full_name, group[name].name])
-            raise FormatError(f"`{file.path}` holds one tensor under two names: {names}")
-        group[name] = StoredTensor(file, full_name)
-    return groups
 
 
 def _default_facts(transformer: Component) -> Facts:

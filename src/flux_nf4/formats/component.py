@@ -85,7 +85,7 @@ class Entries(Mapping[str, Entry]):
         if name in self._swapped_halves:
             first, second = _halves(parts[0])
             parts = (second, first)
-        return _join(parts)
+        return join(parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -130,7 +130,8 @@ def _halves(entry: Entry) -> tuple[Entry, Entry]:
     return entry.rows(0, middle), entry.rows(middle, entry.shape[0])
 
 
-def _join(parts: Parts) -> Entry:
+def join(parts: Parts) -> Entry:
+    """Parts joined along their rows, exact; nested statistics of several are un-nested."""
     if len(parts) == 1:
         return parts[0]
     weights = [part for part in parts if isinstance(part, NF4Weight)]

@@ -252,6 +252,6 @@ class _Config:
             return default
         if kind is float and type(value) is int and abs(value) < 2**1000:
             return kind(value)
-        if type(value) is not kind or not math.isfinite(value):
+        if type(value) is not kind or abs(value) == math.inf:
             raise FormatError(f"`{self._path}`: `{key}` must be {kind.__name__}, got {value!r:.80}")
         return value

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from flux_nf4.formats.component import Entry, Parts, stored_parts
+from flux_nf4.formats.component import Entry, Parts, join, stored_parts
 from flux_nf4.formats.keymap import SWAPPED_HALVES
 from flux_nf4.nf4 import ops
-from flux_nf4.nf4.codec import NestedAbsmax, NF4Weight, concatenate_rows
+from flux_nf4.nf4.codec import NestedAbsmax, NF4Weight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -146,19 +146,17 @@ def cut_rows(entry: Entry, start: int, stop: int) -> Entry:
 
 def can_join_nested(parts: Parts) -> bool:
     """Whether nested statistics join without un-nesting: one offset, one map, whole blocks."""
-    nested = [part.absmax for part in parts if isinstance(part, NF4Weight)]
-    first = nested[0] if nested else None
-    if not isinstance(first, NestedAbsmax):
+    absmaxes = [part.absmax for part in parts if isinstance(part, NF4Weight)]
+    nested = [absmax for absmax in absmaxes if isinstance(absmax, NestedAbsmax)]
+    if len(nested) < len(parts):
         return False
-    return all(
-        isinstance(each, NestedAbsmax)
-        and (each.offset, each.block_size) == (first.offset, first.block_size)
-        and (each is first or torch.equal(each.levels, first.levels))
-        for each in nested
-    ) and all(
-        isinstance(each, NestedAbsmax) and each.codes.numel() % first.block_size == 0
-        for each in nested[:-1]
+    first = nested[0]
+    are_alike = all(
+        (each.offset, each.block_size) == (first.offset, first.block_size)
+        and torch.equal(each.levels, first.levels)
+        for each in nested[1:]
     )
+    return are_alike and all(each.codes.numel() % first.block_size == 0 for each in nested[:-1])
 
 
 def join_rows(parts: Parts, *, keep_nested: bool | None = None) -> Entry:
@@ -166,14 +164,12 @@ def join_rows(parts: Parts, *, keep_nested: bool | None = None) -> Entry:
 
     Parts on the meta device have no values to find out from, and so must be told.
     """
-    if len(parts) == 1:
-        return parts[0]
+    if keep_nested is None:
+        keep_nested = can_join_nested(parts)
+    if len(parts) == 1 or not keep_nested:
+        return join(parts)
     weights = [part for part in parts if isinstance(part, NF4Weight)]
-    if not weights:
-        return torch.cat([part for part in parts if isinstance(part, Tensor)])
     nested = [weight.absmax for weight in weights if isinstance(weight.absmax, NestedAbsmax)]
-    if not (can_join_nested(parts) if keep_nested is None else keep_nested):
-        return concatenate_rows(weights)
     return dataclasses.replace(
         weights[0],
         codes=torch.cat([weight.codes for weight in weights]),

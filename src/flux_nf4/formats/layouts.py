@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from flux_nf4.errors import FormatError
 from flux_nf4.formats.allinone import PREFIXES, plain_source, quantized_sources, written_names
-from flux_nf4.formats.component import stored_parts
+from flux_nf4.formats.canonical import list_names
+from flux_nf4.formats.component import outline, stored_parts
 from flux_nf4.formats.forms import (
     FP8_DTYPES,
     Form,
@@ -26,6 +28,7 @@ from flux_nf4.formats.forms import (
     whole_piece,
 )
 from flux_nf4.formats.keymap import transformer_table
+from flux_nf4.formats.schema import count_numbered, expected_shapes
 from flux_nf4.nf4.codec import NF4Weight
 
 if TYPE_CHECKING:
@@ -77,8 +80,9 @@ def plan_part(
     a `quantizer` they are quantised, and its vectors take the layout's dtypes, rounded if need be.
 
     Raises:
-        FormatError: a name is unknown or missing.
+        FormatError: a name is unknown or missing, or shapes do not fit each other.
     """
+    _check_shapes(kind, entries)
     if kind == "transformer":
         return _plan_transformer(entries, naming, form, quantizer)
     names = written_names(kind, entries)
@@ -119,6 +123,18 @@ def plan_part(
             "every value stays the same"
         )
     return PartPlan(sources=sources, notes=tuple(notes))
+
+
+def _check_shapes(kind: ComponentKind, entries: Mapping[str, Entry]) -> None:
+    """What has other shapes would be cut and joined at the wrong rows."""
+    shapes = {name: tuple(outline(entries, name).shape) for name in entries}
+    expected = expected_shapes(kind, shapes)
+    wrong = [name for name, shape in shapes.items() if expected.get(name) != shape]
+    if wrong:
+        raise FormatError(
+            f"the {kind} part has shapes that do not fit each other: {list_names(wrong)}",
+            hint="`flux-nf4 verify` tells which each must have; get the file again",
+        )
 
 
 def _text_form(entries: Mapping[str, Entry], name: str) -> Form:
@@ -200,7 +216,7 @@ def _transformer_pieces(
             for name in entries
         }
     table = transformer_table(
-        _num_blocks(entries, "double_blocks."), _num_blocks(entries, "single_blocks.")
+        count_numbered(entries, "double_blocks."), count_numbered(entries, "single_blocks.")
     )
     pieces: dict[str, Piece] = {}
     for name in entries:
@@ -208,10 +224,6 @@ def _transformer_pieces(
         cut = split_pieces(entries, name, form, num_pieces=len(theirs), split=split)
         pieces.update(zip(theirs, cut, strict=True))
     return pieces
-
-
-def _num_blocks(names: Iterable[str], prefix: str) -> int:
-    return len({name.split(".")[1] for name in names if name.startswith(prefix)})
 
 
 def _transformer_notes(form: Form, unnested: list[NF4Weight]) -> tuple[str, ...]:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 from flux_nf4.errors import FormatError, InputError, ModelNotFoundError
 from flux_nf4.formats import folder
-from flux_nf4.formats.canonical import StoredTensor, list_names, read_component
+from flux_nf4.formats.canonical import read_component, tensors_by_part
 from flux_nf4.formats.facts import Facts
-from flux_nf4.formats.keymap import split_prefix
 from flux_nf4.formats.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -44,27 +43,21 @@ def open_part(kind: ComponentKind, path: str | Path) -> Component:
 
 
 def _open_file(kind: ComponentKind, path: Path) -> Component:
-    file = TensorFile(path)
-    tensors: dict[str, StoredTensor] = {}
-    for full_name in file.names:
-        found, name = split_prefix(full_name, kind)
-        if found != kind:
-            continue
-        if name in tensors:
-            names = list_names([full_name, tensors[name].name])
-            raise FormatError(f"`{path}` holds one tensor under two names: {names}")
-        tensors[name] = StoredTensor(file, full_name)
-    if not tensors:
+    tensors = tensors_by_part(TensorFile(path), bare=kind).get(kind)
+    if tensors is None:
         raise ModelNotFoundError(f"`{path}` holds no {kind}")
     return read_component(kind, tensors, path)
 
 
 def recorded_facts(component: Component) -> Facts | None:
-    """The facts that our writers put into the metadata of a transformer's file, if they did.
+    """The facts that our writers put into the metadata of a transformer's one file, if they did.
 
     Raises:
         FormatError: the entry is damaged.
     """
-    if not component.source.is_file():
+    if len(component.files) != 1:
         return None
-    return Facts.from_metadata(TensorFile(component.source).metadata)
+    try:
+        return Facts.from_metadata(component.files[0].metadata)
+    except FormatError as error:
+        raise FormatError(f"`{component.source}`: {error.message}", hint=error.hint) from error

@@ -6,7 +6,7 @@ those of weights, not of their packed bytes, under canonical names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 from flux_nf4.errors import FormatError
@@ -40,8 +40,9 @@ def _sizes(shapes: Shapes, name: str, num_axes: int = 2) -> Shape:
     return shape
 
 
-def _count(shapes: Shapes, prefix: str) -> int:
-    return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
+def count_numbered(names: Iterable[str], prefix: str) -> int:
+    """How many blocks, or the like, are numbered after `prefix`."""
+    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
 
 
 def _linear(name: str, num_out: int, num_in: int) -> dict[str, Shape]:
@@ -58,7 +59,8 @@ def _convolution(name: str, num_out: int, num_in: int, size: int = 3) -> dict[st
 
 def _transformer(shapes: Shapes) -> dict[str, Shape]:
     width, num_in = _sizes(shapes, "img_in.weight")
-    num_double, num_single = _count(shapes, "double_blocks."), _count(shapes, "single_blocks.")
+    num_double = count_numbered(shapes, "double_blocks.")
+    num_single = count_numbered(shapes, "single_blocks.")
     expected = _linear("img_in", width, num_in)
     expected |= _linear("txt_in", width, _sizes(shapes, "txt_in.weight")[1])
     embedders = {
@@ -125,7 +127,7 @@ def _t5(shapes: Shapes) -> dict[str, Shape]:
         bias: _sizes(shapes, bias),
         "encoder.final_layer_norm.weight": (width,),
     }
-    for i in range(_count(shapes, "encoder.block.")):
+    for i in range(count_numbered(shapes, "encoder.block.")):
         layer = f"encoder.block.{i}.layer"
         expected |= {
             f"{layer}.0.SelfAttention.{name}.weight": (attention_width, width) for name in "qkv"
@@ -149,7 +151,7 @@ def _clip(shapes: Shapes) -> dict[str, Shape]:
         positions: (_sizes(shapes, positions)[0], width),
         **_norm(f"{model}.final_layer_norm", width),
     }
-    for i in range(_count(shapes, f"{model}.encoder.layers.")):
+    for i in range(count_numbered(shapes, f"{model}.encoder.layers.")):
         layer = f"{model}.encoder.layers.{i}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             expected |= _linear(f"{layer}.self_attn.{name}", width, width)
@@ -162,12 +164,12 @@ def _clip(shapes: Shapes) -> dict[str, Shape]:
 
 
 def _vae(shapes: Shapes) -> dict[str, Shape]:
-    num_levels = _count(shapes, "encoder.down_blocks.")
+    num_levels = count_numbered(shapes, "encoder.down_blocks.")
     widths = [
         _sizes(shapes, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", num_axes=4)[0]
         for i in range(max(num_levels, 1))
     ]
-    num_resnets = _count(shapes, "encoder.down_blocks.0.resnets.")
+    num_resnets = count_numbered(shapes, "encoder.down_blocks.0.resnets.")
     latents = _sizes(shapes, "decoder.conv_in.weight", num_axes=4)[1]
     expected = _convolution("encoder.conv_in", widths[0], _RGB)
     expected |= _convolution("encoder.conv_out", 2 * latents, widths[-1])  # means and variances

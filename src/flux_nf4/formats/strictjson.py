@@ -7,6 +7,7 @@ Infinity, invalid UTF-8, and nesting deep enough to exhaust the stack.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flux_nf4.errors import FormatError
@@ -27,8 +28,8 @@ def parse_json(data: bytes, what: str) -> Any:
     def reject_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            seen: set[str] = set()
-            doubled = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            counts = Counter(key for key, _ in pairs)
+            doubled = next(key for key, count in counts.items() if count > 1)
             raise FormatError(f"{what} holds the key {doubled!r} twice")
         return values
 

@@ -181,10 +181,10 @@ def _forms(
     for name, info in plain.items():
         if name in companions:
             yield _quantized(info, companions[name], opened)
-        elif info.dtype_name in _LABELS:
+        elif info.dtype_name in _LABELS and info.shape:
             yield _LABELS[info.dtype_name], info.num_bytes, len(info.shape)
         else:
-            raise _odd(info.dtype_name)
+            raise _odd(name)
 
 
 def _check_plain(

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from flux_nf4.errors import FormatError
 from flux_nf4.formats.atomic import atomic_file
-from flux_nf4.formats.header import TensorInfo, encode_header, plan_header
+from flux_nf4.formats.header import encode_header, plan_header
 from flux_nf4.formats.headerfile import open_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["TensorFile", "TensorInfo", "TensorSource", "write_sources", "write_tensor_file"]
+    from flux_nf4.formats.header import TensorInfo
 
 _MAP_NORESERVE = 0x4000  # Linux's <asm-generic/mman.h>; Python names it from 3.13 on
 _CHUNK_BYTES = 1 << 24  # one write: small enough that Ctrl-C is answered at once

@@ -139,6 +139,9 @@ def _verify_folder(found: Verification, on_bytes: Callable[[int], None]) -> None
         except FluxNF4Error as error:
             found.add(kind, error.message, error.hint)
             continue
+        except OSError as error:
+            found.add(kind, f"cannot read `{place}`: {error.strerror or error}")
+            continue
         found.parts.append(kind)
         found.num_bytes += component.num_bytes
         _verify_component(found, component, on_bytes)
@@ -215,8 +218,9 @@ def _verify_part(
     for name in sorted(plain.keys() - inverse.keys()):
         found.add(kind, f"`{plain[name].name}` is unknown: no FLUX {kind} has it")
     present = {inverse[name][0] for name in plain.keys() & inverse.keys()}
-    required = {name for each in table.required(present) for name in table.names[each]}
-    for name in sorted(required - plain.keys() - companions.keys()):
+    required = table.required(present)
+    needed = {name for canonical in required for name in table.names[canonical]}
+    for name in sorted(needed - plain.keys() - companions.keys()):
         found.add(kind, f"`{name}` is missing", "get the file again")
     entries = {
         name: _verify_entry(found, kind, plain[name], companions.get(name, {}))

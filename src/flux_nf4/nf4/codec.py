@@ -49,12 +49,19 @@ NF4_LEVELS = (
     1.0,
 )
 
-# One sign bit above three magnitude bits; the magnitudes are twelfths, in code order. Both zeros
-# are positive, as bitsandbytes writes them.
-_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-FP4_LEVELS = tuple(
-    (torch.tensor([*_FP4_TWELFTHS, *(0.0 - twelfths for twelfths in _FP4_TWELFTHS)]) / 12).tolist()
+# One sign bit above three bits of magnitude: 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6 and 1/4 in float32.
+# Both zeros are positive, as bitsandbytes writes them.
+_FP4_MAGNITUDES = (
+    0.0,
+    0.0052083334885537624,
+    0.6666666865348816,
+    1.0,
+    0.3333333432674408,
+    0.5,
+    0.1666666716337204,
+    0.25,
 )
+FP4_LEVELS = (*_FP4_MAGNITUDES, *(0.0 - magnitude for magnitude in _FP4_MAGNITUDES))
 _LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 
 

@@ -141,7 +141,7 @@ def multiply(
 ) -> Tensor:
     """Eight-bit rows times eight-bit rows: (M, N) `dtype`; scales and bias apply in float32."""
     if w_NK.dtype == torch.int8:
-        # The sum of one product more than 1,040 does not fit float32's 24 bits.
+        # float32's 24 bits hold the sum of 1,040 products exactly, and K is larger.
         sums_MN = _integer_product(x_MK, w_NK).float()
     else:
         sums_MN = x_MK.float() @ w_NK.float().t()

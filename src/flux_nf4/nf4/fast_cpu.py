@@ -42,8 +42,8 @@ def quantize_blocks(w_GS: Tensor) -> tuple[Tensor, Tensor] | None:
     if sys.byteorder != "little":
         return None
     num_blocks, block_size = w_GS.shape
-    codes_P = torch.empty(w_GS.numel() // 2, dtype=torch.uint8)
-    absmax_G = torch.empty(num_blocks, dtype=torch.int32)
+    codes_P = torch.empty(w_GS.numel() // 2, dtype=torch.uint8, device="cpu")
+    absmax_G = torch.empty(num_blocks, dtype=torch.int32, device="cpu")
     step = _CHUNK // block_size
     for start in range(0, num_blocks, step):
         bits_GS = w_GS[start : start + step].contiguous().view(torch.int16)
@@ -80,10 +80,11 @@ def _table() -> Tensor:
     () -> (128 * 65536,) uint8. A row ends with the value that equals its absmax; a difference d
     lies d before it, and with the sign bit another 32768 before that.
     """
-    absmax_bits = (127 << 7) + torch.arange(_NUM_MANTISSAS, dtype=torch.int32)[:, None]
-    magnitudes = absmax_bits - torch.arange(_FAR, dtype=torch.int32)
+    mantissas = torch.arange(_NUM_MANTISSAS, dtype=torch.int32, device="cpu")
+    absmax_bits = (127 << 7) + mantissas[:, None]
+    magnitudes = absmax_bits - torch.arange(_FAR, dtype=torch.int32, device="cpu")
     scale = 1.0 / (absmax_bits << 16).view(torch.float32)
-    code_of_zero = nearest_codes(torch.zeros(1), "nf4")
+    code_of_zero = nearest_codes(torch.zeros(1, device="cpu"), "nf4")
     table = code_of_zero.repeat(_NUM_MANTISSAS, _NUM_DIFFERENCES)
     for sign, last in ((1, _NUM_DIFFERENCES), (-1, _NUM_DIFFERENCES // 2)):
         scaled = (sign * (magnitudes << 16).view(torch.float32) * scale).clamp_(-1, 1)

@@ -6,9 +6,8 @@ between a forward and its backward, where it is expanded again.
 
 In `fp8` or `int8` arithmetic (`set_arithmetic`) the weight is expanded to 8 bits instead, and the
 input is quantised token by token; a caller that has fused that into its own kernel hands over
-`QuantizedRows` to `multiply`. With gradients it stays exact. These two, `forward` and `multiply`,
-are the only ways to a product, so a low-rank side path (LoRA) is added at their ends; for `int8`
-its first matrix is rotated once, as the rows are.
+`QuantizedRows` to `multiply`. With gradients it stays exact. `forward` and `multiply` are the only
+ways to a product: a low-rank side path (LoRA) would be added at the end of these two.
 
 The weight itself is frozen: gradients reach the input, never the codes.
 
@@ -198,7 +197,7 @@ class NF4Linear(nn.Module):
             return functional.linear(x, self.expand(x.dtype), bias)
         if self.arithmetic != "bf16":
             return self.multiply(eight_bit.quantize_rows(x, self.arithmetic), x.dtype)
-        return functional.linear(x, self.expand_for_product(x.dtype, None), bias)
+        return functional.linear(x, self.expand_for_product(x.dtype), bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(dtype)`, `.half()` and their kin come through here. Follow them to another device,
@@ -211,6 +210,10 @@ class NF4Linear(nn.Module):
             if after is not None and after.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._row_scales = None  # of another weight
+        super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         """The arguments that `repr` shows."""

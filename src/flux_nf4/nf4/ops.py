@@ -10,8 +10,8 @@ PyTorch with schemas, and with fake kernels that check the arguments and compute
 | elsewhere  | `reference`, and `eight_bit` for products in 8 bits |
 
 `expand_for_product` and `multiply` are plain functions, for layers that run eagerly hundreds of
-times a step: PyTorch's dispatcher costs as much as launching a kernel. What `_check` would find
-wrong each time, their caller has checked once.
+times a step: PyTorch's dispatcher costs as much as launching a kernel. They leave out what `_check`
+checks: their caller has done so, once.
 
 Shape letters, in this module only:
     N  out features     G  blocks, N*K / block_size     *  any leading dimensions

@@ -25,7 +25,8 @@ def instructions(quant_type: str, picked: Picked) -> str:
     """PTX from four words of codes and their absmax to the 64 values, in order.
 
     Operands: the words of the values, 8 of e4m3 or 16 of bfloat16; those of the codes; the absmax.
-    A table's entry i is byte i of four registers, for bfloat16 of four more with upper bytes.
+    Entry i of the table is byte i of the registers `t`; for bfloat16 that is its lower byte, and
+    the upper one is byte i of the registers `u`.
     """
     num_out = 2 * NUM_WORDS * _BYTES[picked]
     lines = [

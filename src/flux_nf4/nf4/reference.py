@@ -8,8 +8,7 @@ of them decode to. Its rules, read from that version and confirmed by experiment
 - absmax is nested by subtracting the mean and rounding to the nearest of 256 levels, after
   rounding to a grid of 2**16 points: its thresholds lie up to 1.6e-5 off the true midpoints.
 
-The trade-off: tables instead of a binary search make this about as fast as compiled code (one
-page of tables, four times the speed), at the price of two functions that build them.
+Tables take the place of a binary search: four times as fast, and about as fast as compiled code.
 
 Shape letters, in this module only:
     N  out features         G  blocks, N*K / S

@@ -33,7 +33,7 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
 
 
 def scratch_buffer(device: torch.device) -> Tensor | None:
-    """This thread's buffer on a device, for whoever must keep it from becoming another's memory."""
+    """This thread's buffer on a device, if any; to hold it keeps its memory from other uses."""
     buffers: dict[torch.device, Tensor] = _of_thread.__dict__.get("buffers", {})
     return buffers.get(device)
 

@@ -65,8 +65,8 @@ def quantize_searched(
     (N, K) -> codes (P,) uint8, absmax (G,) float32.
 
     No block decodes (to float32) with a larger squared error than by `reference.quantize`.
-    `signed` allows negative scales; do without where absmax is to be nested (v1), which is precise
-    around the mean of all scales. Zeros, and what is refused, are as in `reference.quantize`.
+    `signed` allows negative scales; do without where absmax is to be nested (v1), as that is
+    precise only near the mean of all scales. Zeros are treated as in `reference.quantize`.
 
     Raises:
         InputError: as `reference.quantize`.

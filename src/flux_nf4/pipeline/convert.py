@@ -13,7 +13,7 @@ from flux_nf4.nf4 import ops
 from flux_nf4.nf4.codec import DTYPES, NF4Weight, QuantType, check_quant_type
 
 if TYPE_CHECKING:
-    from flux_nf4.formats.checkpoint import Component, Entry
+    from flux_nf4.formats.component import Component, Entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import nn
 
-    from flux_nf4.formats.checkpoint import Component, ComponentKind
+    from flux_nf4.formats.component import Component, ComponentKind
     from flux_nf4.formats.facts import Facts
     from flux_nf4.memory.device import Device
     from flux_nf4.model.autoencoder import Autoencoder

@@ -254,6 +254,7 @@ def test_a_model_of_another_width_has_an_unknown_licence(tmp_path):
         ("scheduler/scheduler_config.json", "use_dynamic_shifting", 1),
         ("scheduler/scheduler_config.json", "base_image_seq_len", 256.0),
         ("scheduler/scheduler_config.json", "max_image_seq_len", 0),
+        ("scheduler/scheduler_config.json", "max_image_seq_len", 10**400),
         ("vae/config.json", "scaling_factor", [1]),
         ("vae/config.json", "scaling_factor", 0.0),
         ("vae/config.json", "sample_size", [64, 64]),

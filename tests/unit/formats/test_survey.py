@@ -65,6 +65,14 @@ def test_what_is_wrong_gets_the_thorough_way_s_error(models, tmp_path):
         surveys.survey(tmp_path / "nowhere")
 
 
+def test_a_weight_without_axes_gets_the_thorough_way_s_error(models, tmp_path):
+    tensors = load_file(models / "bf16") | {"model.diffusion_model.img_in.weight": torch.ones(())}
+    save_file(tensors, tmp_path / "broken")
+
+    with pytest.raises(FormatError, match=r"`img_in\.weight`"):
+        surveys.survey(tmp_path / "broken")
+
+
 @pytest.mark.parametrize("state", [b"{}", b"[]", b'{"shape": [1, true], "blocksize": 64}', b"x"])
 def test_a_broken_state_gets_the_thorough_way_s_error(models, tmp_path, state):
     tensors = load_file(models / "v2")

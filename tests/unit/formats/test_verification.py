@@ -1,4 +1,6 @@
+import errno
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +69,21 @@ def test_a_clip_of_transformers_5_alone_is_looked_through(bf16_folder, tmp_path)
     save_file(flat, tmp_path / "clip.safetensors")
     found = verify(tmp_path / "clip.safetensors")
     assert (found.parts, texts_of(found)) == (["clip"], [])
+
+
+@pytest.mark.parametrize("name", ["x_embedder.bias", "transformer_blocks.0.attn.to_k.weight"])
+def test_a_missing_tensor_is_told_once_and_by_the_file_s_own_name(bf16_folder, tmp_path, name):
+    tensors = load_file(bf16_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "transformer.safetensors")
+    assert texts_of(verify(tmp_path / "transformer.safetensors")) == [f"`{name}` is missing"]
+
+
+def test_a_part_that_cannot_be_looked_into_is_a_fault(bf16_folder, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    found = verify(bf16_folder)
+    assert [fault.part for fault in found.faults] == ["transformer", "t5", "clip", "vae"]
+    assert "Permission denied" in texts_of(found)[0]

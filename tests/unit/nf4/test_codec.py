@@ -55,6 +55,11 @@ def test_tables_lie_on_the_cpu_whatever_the_default_device() -> None:
     assert devices == {"cpu"}
 
 
+def test_fp4_magnitudes_are_twelfths_in_float32() -> None:
+    twelfths = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3])
+    assert torch.equal(codec.levels("fp4")[:8], twelfths / 12)
+
+
 def test_unknown_quant_type_is_named() -> None:
     with pytest.raises(InputError, match="`nf4` or `fp4`, got 'int4'"):
         codec.levels("int4")

@@ -154,6 +154,17 @@ def test_scales_outlive_the_weight():
     assert layer.row_scales()[0] is scale_N
 
 
+@both
+def test_another_weight_that_is_loaded_gets_scales_of_its_own(arithmetic):
+    layer, x = random_layer(), random(7, 256)
+    other = NF4Linear(reference.quantize(100 * random(48, 256)), layer.bias)
+    exact = other(x)
+    layer.set_arithmetic(arithmetic)
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert relative_error(layer(x), exact) < EIGHT_BIT_PRODUCT[arithmetic]
+
+
 def test_a_weight_whose_rows_end_within_blocks_is_refused():
     layer = NF4Linear(reference.quantize(random(16, 96)))
     with pytest.raises(InputError, match="16 x 96 cannot be multiplied in `int8`"):

@@ -71,6 +71,14 @@ def test_any_shape_gives_what_the_reference_gives(num_out, block_size, nested, s
     assert_same_as_reference(w, block_size=block_size, nested=nested)
 
 
+def test_the_default_device_changes_nothing():
+    w = torch.randn(2, 64).bfloat16()
+    fast_cpu._table.cache_clear()
+    with torch.device("meta"):
+        found = ops.quantize(w)
+    assert torch.equal(found.codes, reference.quantize(w).codes)
+
+
 def test_blocks_of_zeros_of_either_sign_are_the_reference_s():
     w = torch.zeros(3, 64, dtype=torch.bfloat16)
     w[1] = -0.0

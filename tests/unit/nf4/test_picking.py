@@ -41,7 +41,7 @@ def converter(picked, num_bits):
     return convert
 
 
-# Of what these instructions do, the part that their types leave to do here.
+# What each instruction computes from its operands' values.
 OPERATIONS = {
     "mul.rn.f32": lambda x, y: x * y,
     "cvt.rn.satfinite.e4m3x2.f32": converter("e4m3", 8),
