@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -37,13 +36,12 @@ def check_whole_number(name: str, value: object, low: int, high: int) -> None:
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Accept a finite number from `low` to `high`.
+    """Accept a number from `low` to `high`.
 
     Raises:
         InputError: it is something else.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type,operator]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InputError(f"`{name}` must be a number from {low:g} to {high:g}, got `{value!r}`")
 
 
