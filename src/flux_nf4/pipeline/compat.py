@@ -19,8 +19,8 @@ from PIL import Image
 
 from flux_nf4.errors import InputError
 from flux_nf4.pipeline.bnb_config import parse_dtype, parse_quantization_config
-from flux_nf4.pipeline.decode import to_pictures
-from flux_nf4.pipeline.generate import LatentsDone, decode_batch, generate_latents
+from flux_nf4.pipeline.decode import decode_latents, to_pictures
+from flux_nf4.pipeline.generate import LatentsDone, generate_latents
 from flux_nf4.pipeline.image_file import upright_size
 from flux_nf4.pipeline.limits import DEFAULT_STRENGTH, MAX_SEED, check_size, size_like
 from flux_nf4.pipeline.load import LoadSettings, Model, load_model
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Generator, Tensor
 
-    from flux_nf4.pipeline.generate import StepHook
+    from flux_nf4.pipeline.denoise import StepHook
 
     Images: TypeAlias = list[Image.Image] | np.ndarray[Any, np.dtype[np.float32]] | Tensor
     StepCallback: TypeAlias = Callable[
@@ -129,6 +129,7 @@ class FluxPipeline:
 
         Raises:
             InputError: a value is out of range or of the wrong kind.
+            DoesNotFitError: no plan fits the device's memory.
             NumericalError: a stage gave NaN or infinity.
         """
         _check_output_type(output_type)
@@ -157,9 +158,8 @@ class FluxPipeline:
 
         on_step = self._step_hook(callback_on_step_end)
         done: list[Tensor] = []
-        for i, request in enumerate(requests):
-            first, last = i * num_images_per_prompt, (i + 1) * num_images_per_prompt
-            rows = None if noise is None else noise[first:last]
+        noises = [None] * len(requests) if noise is None else noise.split(num_images_per_prompt)
+        for request, rows in zip(requests, noises, strict=True):
             drawing = generate_latents(
                 self.model, request, initial_BLD=rows, image_noise_1LD=image_noise, on_step=on_step
             )
@@ -202,7 +202,8 @@ class FluxPipeline:
 
 def _decode(model: Model, request: GenerationRequest, event: LatentsDone) -> Tensor:
     with torch.inference_mode():
-        images = decode_batch(model, request, event)
+        size = request.width, request.height
+        images = decode_latents(model, event.tokens, *size, event.source)
     # A clone made out here is an ordinary tensor, which autograd and in-place changes accept.
     return images.clone()
 
