@@ -16,6 +16,7 @@ import torch
 
 from flux_nf4.errors import NumericalError
 from flux_nf4.pipeline.events import Notice
+from flux_nf4.pipeline.limits import DEFAULT_DISTILLED_GUIDANCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from flux_nf4.pipeline.load import Model
     from flux_nf4.pipeline.request import GenerationRequest
 
-DEFAULT_DISTILLED_GUIDANCE = 3.5
 NOTICE_CHARACTERS = 200
 # FLUX.1-dev is made for 0.1 to 2 megapixels, twice the area of its default size.
 MAX_AREA_RATIO = 2

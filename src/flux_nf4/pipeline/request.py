@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 from flux_nf4.errors import InputError
 from flux_nf4.pipeline.image_file import check_mask
 from flux_nf4.pipeline.limits import (
+    DEFAULT_DISTILLED_GUIDANCE,
     DEFAULT_STRENGTH,
     MAX_SEED,
     MAX_STEPS,
@@ -88,7 +89,7 @@ class GenerationRequest:
     width: int
     height: int
     num_inference_steps: int = 20
-    distilled_guidance_scale: float = 3.5
+    distilled_guidance_scale: float = DEFAULT_DISTILLED_GUIDANCE
     guidance_scale: float = 1.0
     seed: int = 0
     num_images: int = 1
