@@ -4,7 +4,8 @@ Everything here runs once a request, whatever the number of images: the text enc
 conditioner. After that neither is needed any more, and their memory may go to the blocks.
 
 Shape letters, in this module only:
-    S  steps    K  steps + 1
+    T  text tokens    D  token channels    P  pooled channels
+    S  steps          K  steps + 1         M  modulation width
 """
 
 from __future__ import annotations

@@ -59,8 +59,7 @@ class LoadSettings:
     the model says which.
 
     Raises:
-        InputError: the device is unknown or absent, or has no such arithmetic; or the dtype is not
-            one to compute in.
+        InputError: the arithmetic is unknown, or the dtype is not one to compute in.
     """
 
     device: str = "auto"
