@@ -128,7 +128,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not exists:
         raise ModelNotFoundError(
             f"there is no model at `{path}`",
-            hint="give the path of a .safetensors file or of a Diffusers folder on this machine",
+            hint="give the path of a .safetensors file or of a Diffusers folder on this machine: "
+            "nothing is downloaded",
         )
     return _open_file(path)
 

@@ -40,7 +40,7 @@ def measure_host() -> HostMemory:
     limit, used = (_cgroup_number(name) for name in ("memory.max", "memory.current"))
     if limit is None or used is None or total is None or limit >= total:
         return HostMemory(free=free, total=total)
-    within = max(limit - used, 0)
+    within = max(limit - used + _cached_bytes(), 0)
     return HostMemory(free=within if free is None else min(within, free), total=limit)
 
 
@@ -56,3 +56,13 @@ def _cgroup_number(name: str) -> int | None:
         return int((_CGROUP / name).read_text(encoding="ascii"))
     except (OSError, ValueError):  # no such limit, or the word `max`
         return None
+
+
+def _cached_bytes() -> int:
+    """Files in the system's cache: they count as used, and give way to whoever needs memory."""
+    try:
+        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    sizes = dict(line.split() for line in lines)
+    return sum(int(sizes.get(name, 0)) for name in ("active_file", "inactive_file"))

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from flux_nf4.formats.keymap import CLIP_PROJECTION
+
 SCALE_BYTES = 4  # the vectors of the QK norms are float32 in any arithmetic
 _MODULATION = re.compile(r"(double|single)_blocks\.(\d+)\.((img|txt)_mod|modulation)\.")
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.")
@@ -21,7 +23,6 @@ _OUTER = ("img_in.", "txt_in.", "final_layer.linear.")
 _T5_TABLE = "shared.weight"
 T5_TOKENS = "t5.tokens"
 FIXED = "fixed"
-_CLIP_PROJECTION = "text_projection.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,7 @@ def take_inventory(name: str, parts: Mapping[str, Entries], *, compute_bytes: in
     """Sort the entries of a model's four parts, under canonical names, into units."""
     transformer, t5, vae = parts["transformer"], parts["t5"], parts["vae"]
     # Its projection is checked when it is loaded, and left out.
-    clip = {each: entry for each, entry in parts["clip"].items() if each != _CLIP_PROJECTION}
+    clip = {each: entry for each, entry in parts["clip"].items() if each != CLIP_PROJECTION}
     units: dict[str, dict[str, Stored]] = {}
     fixed: dict[str, Stored] = {}
     for entry_name, entry in transformer.items():

@@ -87,15 +87,12 @@ def choose_arithmetic(wish: ArithmeticWish, device: torch.device) -> tuple[Arith
     return wish, None
 
 
-def set_arithmetic(blocks: FluxBlocks, arithmetic: Arithmetic) -> int:
-    """Let the blocks' NF4 layers multiply so; -> how many do.
+def set_arithmetic(blocks: FluxBlocks, arithmetic: Arithmetic) -> None:
+    """Let the blocks' NF4 layers multiply so.
 
     Layers of `KEEPS_BF16`, layers that are not NF4, and those whose size does not fit stay exact.
     """
-    num_layers = 0
     for name, layer in blocks.named_modules():
         if isinstance(layer, NF4Linear):
             fits = name not in KEEPS_BF16 and layer.fits_eight_bit
             layer.set_arithmetic(arithmetic if fits else "bf16")
-            num_layers += layer.arithmetic == arithmetic
-    return num_layers

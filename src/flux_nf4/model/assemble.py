@@ -36,7 +36,7 @@ def check_compute_dtype(dtype: torch.dtype) -> None:
     if dtype not in COMPUTE_DTYPES:
         raise InputError(
             f"FLUX computes in bfloat16 or float32, not in {str(dtype).removeprefix('torch.')}",
-            hint="float16 overflows in T5 and in the transformer; use `torch.bfloat16`",
+            hint="use `torch.bfloat16`: FLUX overflows float16",
         )
 
 

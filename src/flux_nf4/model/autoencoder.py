@@ -6,7 +6,6 @@ Shape letters, in this module only:
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +53,11 @@ class Autoencoder(nn.Module):
         self.is_in_strips = False
         self.latent_channels = model.config.latent_channels
         self.pixels_per_latent = 2 ** (len(model.config.widths) - 1)
+        # Each latent channel's part in red, green and blue, and last what no channel gives.
+        self._colour_map: Tensor | None = None
+        own = FLUX_1_DEV.vae_scaling_factor, FLUX_1_DEV.vae_shift_factor
+        if (scaling_factor, shift_factor) == own and model.config.widths == FLUX_1_WIDTHS:
+            self._colour_map = torch.tensor(FLUX_1_COLOURS)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,25 +93,18 @@ class Autoencoder(nn.Module):
 
     @property
     def knows_colours(self) -> bool:
-        """Whether `colours` is a matter of its input alone; the first time the encoder may run."""
-        return "_colour_map" in vars(self)
+        """Whether `colours` is a matter of its input alone: else the encoder runs first."""
+        return self._colour_map is not None
 
     def colours(self, latents_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) float32 -> about the colour of each latent's pixels, (B, 3, H, W).
 
         In [-1, 1], not enforced. Costs next to nothing: it is one linear map.
         """
+        if self._colour_map is None:
+            self._colour_map = self._fit_colours()
         *factors_C3, offset_3 = self._colour_map.to(latents_BCHW)
         return F.conv2d(latents_BCHW, torch.stack(factors_C3, 1)[..., None, None], offset_3)
-
-    @cached_property
-    def _colour_map(self) -> Tensor:
-        """Each latent channel's part in red, green and blue, and last what no channel gives."""
-        own = FLUX_1_DEV.vae_scaling_factor, FLUX_1_DEV.vae_shift_factor
-        factors = self.scaling_factor, self.shift_factor
-        if factors == own and self.model.config.widths == FLUX_1_WIDTHS:
-            return torch.tensor(FLUX_1_COLOURS)
-        return self._fit_colours()
 
     def _fit_colours(self) -> Tensor:
         """Least squares over one image of squares that are black, white, or of a pure colour.

@@ -165,10 +165,11 @@ def draw(
         nonlocal since_s
         synchronize(model.device)
         lap_s, since_s = time.perf_counter() - since_s, time.perf_counter()
+        drawn.stages_s[stage] = drawn.stages_s.get(stage, 0.0) + lap_s
         return lap_s
 
     def end_stage() -> None:
-        drawn.stages_s[stage] = drawn.stages_s.get(stage, 0.0) + lap()
+        lap()
         if model.device.type == "cuda":
             drawn.peaks[stage] = MemoryPeak.now(model.device)
             _reset_peak(model.device)
@@ -179,7 +180,6 @@ def draw(
             stage = event.stage
         elif isinstance(event, StepDone):
             drawn.steps_s.append(lap())
-            drawn.stages_s[stage] = drawn.stages_s.get(stage, 0.0) + drawn.steps_s[-1]
         elif isinstance(event, ImageDone):
             end_stage()
             stage = "png"

@@ -64,13 +64,12 @@ def parse_quantization_config(config: object) -> tuple[QuantizationWish, torch.d
         _CHECKS[key](key, value)
     if values.get("load_in_4bit") is not True:
         raise InputError("`quantization_config` must hold `load_in_4bit`: True", hint=HELP)
-    compute_dtype = values.get("bnb_4bit_compute_dtype")
     wish = QuantizationWish(
         quant_type=values.get("bnb_4bit_quant_type"),
         double_quant=values.get("bnb_4bit_use_double_quant"),
     )
     name = "bnb_4bit_compute_dtype"
-    return wish, None if compute_dtype is None else parse_dtype(name, compute_dtype)
+    return wish, parse_dtype(name, values[name]) if name in values else None
 
 
 def _as_mapping(config: object) -> dict[str, Any]:
@@ -102,23 +101,15 @@ def _check_quant_type(key: str, value: object) -> None:
         raise InputError(f"`{key}` must be `nf4` or `fp4`, got `{value!r}`")
 
 
-def _check_compute_dtype(key: str, value: object) -> None:
-    if parse_dtype(key, value) not in (torch.bfloat16, torch.float32):
-        raise InputError(
-            f"`{key}` must be torch.bfloat16 or torch.float32, got `{value!r}`",
-            hint="FLUX overflows float16",
-        )
-
-
 def _check_storage(key: str, value: object) -> None:
     if parse_dtype(key, value) != torch.uint8:
         raise InputError(f"`{key}` must be torch.uint8, got `{value!r}`")
 
 
-_CHECKS: dict[str, Callable[[str, object], None]] = {
+_CHECKS: dict[str, Callable[[str, object], object]] = {
     "load_in_4bit": _check_bool,
     "bnb_4bit_quant_type": _check_quant_type,
     "bnb_4bit_use_double_quant": _check_bool,
-    "bnb_4bit_compute_dtype": _check_compute_dtype,
+    "bnb_4bit_compute_dtype": parse_dtype,
     "bnb_4bit_quant_storage": _check_storage,
 }

@@ -11,22 +11,21 @@ import secrets
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from PIL import Image
 
-from flux_nf4.errors import InputError, ModelNotFoundError
+from flux_nf4.errors import InputError
 from flux_nf4.pipeline.bnb_config import parse_dtype, parse_quantization_config
-from flux_nf4.pipeline.decode import to_pictures
-from flux_nf4.pipeline.generate import LatentsDone, decode_batch, generate_latents
+from flux_nf4.pipeline.decode import decode_latents, to_pictures
+from flux_nf4.pipeline.generate import LatentsDone, generate_latents
 from flux_nf4.pipeline.image_file import upright_size
 from flux_nf4.pipeline.limits import DEFAULT_STRENGTH, MAX_SEED, check_size, size_like
 from flux_nf4.pipeline.load import LoadSettings, Model, load_model
-from flux_nf4.pipeline.model_memory import attempt
-from flux_nf4.pipeline.request import GenerationRequest
+from flux_nf4.pipeline.model_memory import until_memory_runs_out
+from flux_nf4.pipeline.request import GenerationRequest, check_whole_number
 from flux_nf4.pipeline.sampling import draw_noise_from, pack
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Generator, Tensor
 
-    from flux_nf4.pipeline.generate import StepHook
+    from flux_nf4.pipeline.denoise import StepHook
 
     Images: TypeAlias = list[Image.Image] | np.ndarray[Any, np.dtype[np.float32]] | Tensor
     StepCallback: TypeAlias = Callable[
@@ -83,12 +82,6 @@ class FluxPipeline:
             FormatError: a file is damaged.
             InputError: two files, an unknown key, or a wish that the file does not meet.
         """
-        path = Path(pretrained_model_name_or_path)
-        if not path.exists():
-            raise ModelNotFoundError(
-                f"`{path}` is neither a file nor a folder here",
-                hint="give the path of a file or folder on this machine: nothing is downloaded",
-            )
         if device_map is not None and not isinstance(device_map, str):
             raise InputError(f"`device_map` must be `auto` or a device, got `{device_map!r}`")
         dtype = None if torch_dtype in (None, "auto") else parse_dtype("torch_dtype", torch_dtype)
@@ -102,7 +95,7 @@ class FluxPipeline:
                 )
             dtype = dtype or compute_dtype
         settings = LoadSettings(device=device_map or "auto", dtype=dtype, quantization=wish)
-        return cls(load_model(path, settings))
+        return cls(load_model(Path(pretrained_model_name_or_path), settings))
 
     def __call__(  # noqa: PLR0913  the arguments are Diffusers'
         self,
@@ -136,6 +129,7 @@ class FluxPipeline:
 
         Raises:
             InputError: a value is out of range or of the wrong kind.
+            DoesNotFitError: no plan fits the device's memory.
             NumericalError: a stage gave NaN or infinity.
         """
         _check_output_type(output_type)
@@ -158,14 +152,14 @@ class FluxPipeline:
         num_images = num_images_per_prompt * len(prompts)
         noise, image_noise = _initial_noise(latents, generator, num_images, template)
         first_seed = secrets.randbelow(2**32) if seed is None else seed
+        check_whole_number("seed", first_seed, 0, MAX_SEED)
         # All of them first: what is wrong with the last one is told before the first is drawn.
         requests = _requests(template, prompts, negatives, first_seed)
 
         on_step = self._step_hook(callback_on_step_end)
         done: list[Tensor] = []
-        for i, request in enumerate(requests):
-            first, last = i * num_images_per_prompt, (i + 1) * num_images_per_prompt
-            rows = None if noise is None else noise[first:last]
+        noises = [None] * len(requests) if noise is None else noise.split(num_images_per_prompt)
+        for request, rows in zip(requests, noises, strict=True):
             drawing = generate_latents(
                 self.model, request, initial_BLD=rows, image_noise_1LD=image_noise, on_step=on_step
             )
@@ -181,12 +175,10 @@ class FluxPipeline:
     def _finish(self, event: LatentsDone, request: GenerationRequest, output_type: str) -> Tensor:
         if output_type == "latent":
             return event.tokens.clone()
-        retries = attempt(self.model.memory, partial(_decode, self.model, request, event))
         while True:
-            try:
-                next(retries)
-            except StopIteration as done:
-                return done.value
+            with until_memory_runs_out():
+                return _decode(self.model, request, event)
+            self.model.memory.shrink()
 
     def _size(self, image: object, width: int | None, height: int | None) -> tuple[int, int]:
         size = self.model.facts.default_size
@@ -210,7 +202,8 @@ class FluxPipeline:
 
 def _decode(model: Model, request: GenerationRequest, event: LatentsDone) -> Tensor:
     with torch.inference_mode():
-        images = decode_batch(model, request, event)
+        size = request.width, request.height
+        images = decode_latents(model, event.tokens, *size, event.source)
     # A clone made out here is an ordinary tensor, which autograd and in-place changes accept.
     return images.clone()
 
@@ -249,7 +242,7 @@ def _as_texts(name: str, value: object) -> list[str]:
 
 
 def _requests(
-    template: GenerationRequest, prompts: list[str], negatives: list[str], first_seed: object
+    template: GenerationRequest, prompts: list[str], negatives: list[str], first_seed: int
 ) -> list[GenerationRequest]:
     """One a prompt; seeds count on from each to the next."""
     return [
@@ -257,17 +250,10 @@ def _requests(
             template,
             prompt=prompt,
             negative_prompt=negative,
-            seed=_seed(first_seed, i * template.num_images),
+            seed=first_seed + i * template.num_images,
         )
         for i, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True))
     ]
-
-
-def _seed(first_seed: object, offset: int) -> Any:
-    # What is not a whole number is left for the request to refuse, in its words.
-    if isinstance(first_seed, int) and 0 <= first_seed <= MAX_SEED:
-        return first_seed + offset
-    return first_seed
 
 
 def _initial_noise(
@@ -277,9 +263,11 @@ def _initial_noise(
     request: GenerationRequest,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The noise of every image, and that of the one encoded image; None: the seeds give it."""
-    if latents is not None or generator is None:
+    if latents is not None:
         _check_latents(latents, num_images)
         return latents, None
+    if generator is None:
+        return None, None
     size = request.width, request.height
     generators = list(generator) if isinstance(generator, Sequence) else [generator]
     if not all(isinstance(each, torch.Generator) for each in generators):
@@ -296,9 +284,7 @@ def _initial_noise(
     return pack(noise), image_noise
 
 
-def _check_latents(latents: Tensor | None, num_images: int) -> None:
-    if latents is None:
-        return
+def _check_latents(latents: object, num_images: int) -> None:
     if (
         not isinstance(latents, torch.Tensor)
         or not latents.is_floating_point()

@@ -4,7 +4,8 @@ Everything here runs once a request, whatever the number of images: the text enc
 conditioner. After that neither is needed any more, and their memory may go to the blocks.
 
 Shape letters, in this module only:
-    S  steps    K  steps + 1
+    T  text tokens    D  token channels    P  pooled channels
+    S  steps          K  steps + 1         M  modulation width
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from flux_nf4.errors import NumericalError
 from flux_nf4.pipeline.events import Notice
+from flux_nf4.pipeline.limits import DEFAULT_DISTILLED_GUIDANCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from flux_nf4.pipeline.load import Model
     from flux_nf4.pipeline.request import GenerationRequest
 
-DEFAULT_DISTILLED_GUIDANCE = 3.5
 NOTICE_CHARACTERS = 200
 # FLUX.1-dev is made for 0.1 to 2 megapixels, twice the area of its default size.
 MAX_AREA_RATIO = 2

@@ -158,9 +158,7 @@ def plan_conversion(
         for kind in gathered.components
         if layout != "transformer-only" or kind == "transformer"
     ]
-    naming: Naming = "all-in-one"
-    if layout in ("diffusers", "parts"):
-        naming = "diffusers" if layout == "diffusers" else "parts"
+    naming: Naming = "all-in-one" if layout == "transformer-only" else layout
     plans = {
         kind: plan_part(
             kind,
@@ -172,58 +170,48 @@ def plan_conversion(
         )
         for kind in kinds
     }
-    notes = [note for plan in plans.values() for note in plan.notes]
     sources = {kind: plan.sources for kind, plan in plans.items()}
-    facts = gathered.metadata_facts
-    metadata = facts.to_metadata() if facts else {}
-    notes += _notes(gathered, layout)
+    notes = [note for plan in plans.values() for note in plan.notes]
+    texts: dict[str, bytes] = {}
+    copies: dict[str, Path] = {}
     if layout == "diffusers":
-        return _plan_folder(gathered, sources, metadata, tuple(notes))
-    if layout == "parts":
-        files = {
-            f"{kind}.safetensors": OutputFile(
-                sources=sources[kind], metadata=metadata if kind == "transformer" else {}
-            )
-            for kind in kinds
-        }
-        return Conversion(
-            files=files, notes=tuple(notes), sources=gathered.paths, inputs=gathered.files
+        has_tokenizers = set(gathered.tokenizer_folders) == {"t5", "clip"}
+        texts = diffusers_texts(
+            gathered.components, gathered.facts, sources, own_tokenizers=not has_tokenizers
         )
-    joined = {name: source for part in sources.values() for name, source in part.items()}
-    if layout == "all-in-one":
-        joined.update(gathered.extras)
-    file = OutputFile(sources=joined, metadata=metadata)
+        copies = _tokenizer_copies(gathered) if has_tokenizers else {}
     return Conversion(
-        files={"": file}, notes=tuple(notes), sources=gathered.paths, inputs=gathered.files
-    )
-
-
-def _plan_folder(
-    gathered: Gathered,
-    sources: Mapping[ComponentKind, Mapping[str, TensorSource]],
-    metadata: Mapping[str, str],
-    notes: tuple[str, ...],
-) -> Conversion:
-    own_tokenizers = set(gathered.tokenizer_folders) != {"t5", "clip"}
-    texts = diffusers_texts(
-        gathered.components, gathered.facts, sources, own_tokenizers=own_tokenizers
-    )
-    copies = {} if own_tokenizers else _tokenizer_copies(gathered)
-    files = {
-        f"{PART_FOLDERS[kind]}/{WEIGHT_FILES[kind]}": OutputFile(
-            sources=part,
-            metadata={"format": "pt", **(metadata if kind == "transformer" else {})},
-        )
-        for kind, part in sources.items()
-    }
-    return Conversion(
-        files=files,
+        files=_files(gathered, layout, sources),
         texts=texts,
         copies=copies,
-        notes=notes,
+        notes=(*notes, *_notes(gathered, layout)),
         sources=gathered.paths,
         inputs=gathered.files,
     )
+
+
+def _files(
+    gathered: Gathered,
+    layout: OutputLayout,
+    sources: Mapping[ComponentKind, Mapping[str, TensorSource]],
+) -> dict[str, OutputFile]:
+    """Path -> file of tensors; the metadata are in the transformer's."""
+    facts = gathered.metadata_facts
+    metadata = facts.to_metadata() if facts else {}
+    if layout in ("all-in-one", "transformer-only"):
+        joined = {name: source for part in sources.values() for name, source in part.items()}
+        if layout == "all-in-one":
+            joined.update(gathered.extras)
+        return {"": OutputFile(sources=joined, metadata=metadata)}
+    files = {}
+    for kind, part in sources.items():
+        own = metadata if kind == "transformer" else {}
+        if layout == "parts":
+            files[f"{kind}.safetensors"] = OutputFile(sources=part, metadata=own)
+        else:
+            name = f"{PART_FOLDERS[kind]}/{WEIGHT_FILES[kind]}"
+            files[name] = OutputFile(sources=part, metadata={"format": "pt", **own})
+    return files
 
 
 def _tokenizer_copies(gathered: Gathered) -> dict[str, Path]:
@@ -257,5 +245,5 @@ def _has_known_tokens(gathered: Gathered) -> bool:
         part.parts(name)[0].shape[0] == size
         for part in gathered.components.values()
         for name, size in _FLUX_1_VOCABULARIES.items()
-        if name in set(part.entries)
+        if name in part.entries
     )

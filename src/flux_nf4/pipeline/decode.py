@@ -18,22 +18,27 @@ from flux_nf4.pipeline.sampling import unpack
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flux_nf4.pipeline.image_input import SourceImage
     from flux_nf4.pipeline.load import Model
 
 PREVIEW_SIDE = 256  # pixels, the longer one
 
 
-def decode_latents(model: Model, tokens_BLD: Tensor, width: int, height: int) -> Tensor:
+def decode_latents(
+    model: Model, tokens_BLD: Tensor, width: int, height: int, source: SourceImage | None = None
+) -> Tensor:
     """(B, L, D) packed latents -> images (B, 3, H, W) float32 in [0, 1], on the model's device.
 
-    One image at a time: the VAE's activations are the largest of the whole way.
+    One image at a time: the VAE's activations are the largest of the whole way. Outside a mask the
+    pixels are those of the `source`.
 
     Raises:
         NumericalError: the VAE gave NaN or infinity.
     """
     latents_BCHW = unpack(tokens_BLD, width, height)
     with model.memory.phase("decode"):
-        return torch.cat([_decode(model, latents_1CHW) for latents_1CHW in latents_BCHW.split(1)])
+        images = torch.cat([_decode(model, latents_1CHW) for latents_1CHW in latents_BCHW.split(1)])
+    return images if source is None else source.paste(images)
 
 
 def _decode(model: Model, latents_1CHW: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flux_nf4.formats.component import COMPONENT_KINDS
 from flux_nf4.formats.folder import MODEL_INDEX, PART_FOLDERS, TOKENIZER_FOLDERS
 from flux_nf4.formats.keymap import CLIP_PROJECTION
+from flux_nf4.model.clip import HEAD_DIM
 from flux_nf4.model.sizes import count_blocks, flux_config, matrix_shape, shape_of
 from flux_nf4.pipeline.tokenizers import CLIP_LENGTH, packaged_text
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from flux_nf4.formats.tensorfile import TensorSource
 
 DIFFUSERS_VERSION = "0.38.0"  # the oldest whose FLUX classes read these files
-CLIP_HEAD_DIM = 64  # of every published CLIP text encoder
 WEIGHT_FILES: dict[ComponentKind, str] = {
     "transformer": "diffusion_pytorch_model.safetensors",
     "t5": "model.safetensors",
@@ -189,7 +189,7 @@ def _clip(component: Component, facts: Facts) -> dict[str, Any]:
         "layer_norm_eps": 1e-5,
         "max_position_embeddings": num_positions,
         "model_type": "clip_text_model",
-        "num_attention_heads": max(hidden_size // CLIP_HEAD_DIM, 1),
+        "num_attention_heads": max(hidden_size // HEAD_DIM, 1),
         "num_hidden_layers": count_blocks(component, "text_model.encoder.layers"),
         "pad_token_id": 1,
         "projection_dim": matrix_shape(component, CLIP_PROJECTION)[0]

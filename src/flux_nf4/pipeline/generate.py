@@ -3,47 +3,34 @@
 An image to start from is encoded before all of these, and mixed with noise before the first step.
 
 Nothing is printed and nothing is global: the events are the only way out, `is_cancelled` and the
-seeds the only ways in. Randomness is drawn in one place, from one generator an image. The latents
-stay in float32 from the first step to the last; only the blocks compute in the model's dtype.
+seeds the only ways in. Randomness is drawn in one place, from one generator an image.
 
 Shape letters, in this module only:
-    B  batch    L  image tokens    D  token channels    T  text tokens    K  steps + 1
+    B  batch    L  image tokens    D  token channels    K  steps + 1
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 
-from flux_nf4.errors import Cancelled, ShapeError
+from flux_nf4.errors import ShapeError
 from flux_nf4.memory.activations import Workload
-from flux_nf4.model.rope import rope_table
-from flux_nf4.model.step_graph import CaptureError
-from flux_nf4.pipeline.conditioning import (
-    Conditioning,
-    condition,
-    encode_text,
-    notices,
-    require_finite,
-    text_length,
-)
-from flux_nf4.pipeline.decode import decode_latents, preview, to_pictures
-from flux_nf4.pipeline.events import Event, ImageDone, Notice, StageStarted, StepDone
+from flux_nf4.pipeline.conditioning import condition, encode_text, notices, text_length
+from flux_nf4.pipeline.decode import decode_latents, to_pictures
+from flux_nf4.pipeline.denoise import DenoiseLoop, stop_if
+from flux_nf4.pipeline.events import Event, ImageDone, Notice, StageStarted
 from flux_nf4.pipeline.image_input import SourceImage, encode_source
-from flux_nf4.pipeline.model_memory import attempt, until_memory_runs_out
+from flux_nf4.pipeline.model_memory import attempt
 from flux_nf4.pipeline.request import GenerationRequest
 from flux_nf4.pipeline.sampling import (
     LATENT_CHANNELS,
-    add_noise,
     draw_noise_from,
-    euler_step,
-    guide,
     make_schedule,
     pack,
-    predict_image,
     token_grid,
 )
 
@@ -53,12 +40,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from flux_nf4.pipeline.denoise import StepHook
     from flux_nf4.pipeline.load import Model
 
-    # (step, sigma, packed latents) -> the latents to go on with, or None to leave them.
-    StepHook: TypeAlias = Callable[[int, float, Tensor], Tensor | None]
-
-__all__ = ["GenerationRequest", "LatentsDone", "decode_batch", "generate", "generate_latents"]
+__all__ = ["GenerationRequest", "LatentsDone", "generate", "generate_latents", "workload_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -93,7 +78,7 @@ def generate(
             yield event
             continue
         yield StageStarted(stage="decode")
-        _stop_if(is_cancelled)
+        stop_if(is_cancelled)
         decode = partial(_decode_pictures, model, request, event)
         pictures = yield from attempt(model.memory, decode)
         surprise = model.memory.surprise()
@@ -105,17 +90,8 @@ def generate(
 
 @torch.inference_mode()
 def _decode_pictures(model: Model, request: GenerationRequest, done: LatentsDone) -> list[Image]:
-    return to_pictures(decode_batch(model, request, done))
-
-
-def decode_batch(model: Model, request: GenerationRequest, done: LatentsDone) -> Tensor:
-    """The images of a batch, (B, 3, height, width) float32 in [0, 1].
-
-    Raises:
-        NumericalError: the VAE gave NaN or infinity.
-    """
-    images = decode_latents(model, done.tokens, request.width, request.height)
-    return images if done.source is None else done.source.paste(images)
+    size = request.width, request.height
+    return to_pictures(decode_latents(model, done.tokens, *size, done.source))
 
 
 @torch.inference_mode()
@@ -146,11 +122,11 @@ def generate_latents(
         source = yield from _read_source(model, request, is_cancelled)
 
         yield StageStarted(stage="text")
-        _stop_if(is_cancelled)
+        stop_if(is_cancelled)
         texts = yield from attempt(memory, partial(encode_text, model, request))
 
         yield StageStarted(stage="modulation")
-        _stop_if(is_cancelled)
+        stop_if(is_cancelled)
         rows, columns = token_grid(request.width, request.height)
         sigmas_K = make_schedule(
             request.num_inference_steps, rows * columns, model.facts, kind=request.schedule
@@ -172,7 +148,7 @@ def generate_latents(
             noise_BLD, image_BLD = yield from attempt(
                 memory, partial(_to_device, model, source, noise_BLD, image_noise_BLD)
             )
-            loop = _Loop(
+            loop = DenoiseLoop(
                 model=model,
                 request=request,
                 conditionings=conditionings,
@@ -194,7 +170,7 @@ def _read_source(
     if request.image is None:
         return None
     yield StageStarted(stage="encode")
-    _stop_if(is_cancelled)
+    stop_if(is_cancelled)
     encode = partial(encode_source, model, request.image, request)
     source = yield from attempt(model.memory, encode)
     if source.latent_mask is not None and not source.latent_mask.any():
@@ -238,130 +214,6 @@ def _to_device(
     """The noise, and the image's latents as theirs draws them, (B, L, D) float32."""
     noise_BLD = noise_BLD.to(model.device, torch.float32)
     return noise_BLD, None if source is None else source.sample(image_noise_BLD)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Loop:
-    """The denoise loop of one batch: its noise, and its image's latents, are (B, L, D)."""
-
-    model: Model
-    request: GenerationRequest
-    conditionings: list[Conditioning]
-    sigmas: list[float]
-    noise: Tensor
-    source: SourceImage | None
-    image: Tensor | None
-
-    def run(
-        self, on_step: StepHook | None, is_cancelled: Callable[[], bool]
-    ) -> Generator[StepDone | Notice, None, Tensor | None]:
-        """Noise, or noise on an image -> latents (B, L, D) float32, one event a step.
-
-        None where memory ran out, and is enough for fewer images at once.
-        """
-        memory, num_steps = self.model.memory, self.request.num_steps
-        x_BLD, step = self.noise, 0
-        predict: Callable[..., Tensor] | None
-        while True:
-            refusal = None
-            try:
-                num_passes = (num_steps - step) * len(self.conditionings)
-                # An error holds memory as long as it is known: it is told of out here.
-                with until_memory_runs_out(), memory.phase("denoise", num_passes=num_passes):
-                    predict = self._predictor(num_passes)
-                    if not step:
-                        x_BLD = self._noised_image(self.sigmas[0])
-                    while step < num_steps:
-                        _stop_if(is_cancelled)
-                        x_BLD, done = self._step(x_BLD, step, predict, on_step)
-                        step += 1
-                        yield done
-            except CaptureError as error:
-                refusal = str(error)
-            predict = None  # a graph holds memory, too
-            if step == num_steps:
-                return x_BLD
-            if refusal is not None:
-                memory.give_up_graphs()
-                yield Notice(message=f"steps run without CUDA graphs: {refusal}")
-                continue
-            yield Notice(message=memory.shrink())
-            if (memory.batch_size or len(x_BLD)) < len(x_BLD):
-                return None
-
-    def _predictor(self, num_passes: int) -> Callable[..., Tensor]:
-        model, request = self.model, self.request
-        rope_2SF = rope_table(
-            self.conditionings[0].txt.shape[1],
-            *token_grid(request.width, request.height),
-            model.transformer.config,
-            model.device,
-        )
-        blocks = model.memory.predictor(model.transformer.blocks, model.device, num_passes)
-        return partial(blocks, rope_2SF=rope_2SF)
-
-    def _step(
-        self, x_BLD: Tensor, step: int, predict: Callable[..., Tensor], on_step: StepHook | None
-    ) -> tuple[Tensor, StepDone]:
-        """One step from latents to latents; what came in stays as it is."""
-        request, sigmas, num_steps = self.request, self.sigmas, self.request.num_steps
-        v_BLD = self._velocity(x_BLD, step, predict)
-        require_finite(v_BLD, "denoise", f"step {step + 1} of {num_steps}")
-        picture = None
-        if _is_shown(step, num_steps, request.num_previews):
-            shown = self._kept(predict_image(x_BLD, v_BLD, sigmas[step]), 0)
-            picture = preview(self.model, shown, request.width, request.height)
-        x_BLD = euler_step(x_BLD, v_BLD, sigmas[step], sigmas[step + 1])
-        x_BLD = self._kept(x_BLD, sigmas[step + 1])
-        if on_step is not None:
-            x_BLD = _replaced(x_BLD, on_step(step, sigmas[step], x_BLD))
-        return x_BLD, StepDone(step=step + 1, num_steps=num_steps, preview=picture)
-
-    def _noised_image(self, sigma: float) -> Tensor:
-        if self.image is None:
-            return self.noise
-        return add_noise(self.image, self.noise, sigma)
-
-    def _kept(self, x_BLD: Tensor, sigma: float) -> Tensor:
-        """`x_BLD`, and outside a mask the image itself, with the noise that belongs to `sigma`."""
-        if self.source is None or self.source.latent_mask is None:
-            return x_BLD
-        mask_1LD = self.source.latent_mask
-        return mask_1LD * x_BLD + (1 - mask_1LD) * self._noised_image(sigma)
-
-    def _velocity(self, x_BLD: Tensor, step: int, predict: Callable[..., Tensor]) -> Tensor:
-        # Two passes for true guidance, not one of twice the batch: no more memory than without.
-        velocities = [
-            predict(
-                x_BLD.to(self.model.dtype),
-                conditioning.txt.expand(len(x_BLD), -1, -1),
-                conditioning.table[step],
-            )
-            for conditioning in self.conditionings
-        ]
-        if len(velocities) == 1:
-            return velocities[0]
-        return guide(velocities[0], velocities[1], self.request.guidance_scale)
-
-
-def _replaced(x_BLD: Tensor, other: Tensor | None) -> Tensor:
-    if other is None:
-        return x_BLD
-    if other.shape != x_BLD.shape:
-        raise ShapeError(
-            f"latents of {tuple(other.shape)} cannot take the place of {tuple(x_BLD.shape)}"
-        )
-    return other.to(x_BLD)
-
-
-def _stop_if(is_cancelled: Callable[[], bool]) -> None:
-    if is_cancelled():
-        raise Cancelled("stopped on request")
-
-
-def _is_shown(step: int, num_steps: int, num_previews: int) -> bool:
-    """Whether `step` (0 is the first) has one of so many previews, spread evenly."""
-    return (step + 1) * num_previews // num_steps > step * num_previews // num_steps
 
 
 def _check_initial(model: Model, request: GenerationRequest, initial_BLD: Tensor | None) -> None:

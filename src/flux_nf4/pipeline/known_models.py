@@ -101,19 +101,16 @@ def _spelt_out(name: str) -> ModelSource:
             hint=f"the nearest are {' and '.join(f'`{each}`' for each in nearest)}; "
             "any other model of the Hub: `OWNER/REPO` or `OWNER/REPO/FILE`",
         )
-    repository, file = rest[0], rest[1:]
-    is_name = all(_is_repository_part(part) for part in (owner, repository))
+    repository, file = f"{owner}/{rest[0]}", rest[1:]
+    is_name = all(_is_repository_part(part) for part in (owner, rest[0]))
     if not is_name or not all(_FILE_PART.fullmatch(part) and part.strip(".") for part in file):
         raise InputError(
             f"`{name[:80]}` is neither `OWNER/REPO` nor `OWNER/REPO/FILE`",
             hint="a file that is here already needs no pull: `flux-nf4 info PATH`",
         )
-    licence = next((each.licence for each in KNOWN_MODELS if each.repository == name), "")
+    licence = next((each.licence for each in KNOWN_MODELS if each.repository == repository), "")
     return ModelSource(
-        name=name,
-        repository=f"{owner}/{repository}",
-        file="/".join(file) or None,
-        licence=licence,
+        name=name, repository=repository, file="/".join(file) or None, licence=licence
     )
 
 

@@ -14,6 +14,7 @@ MIN_SIZE, MAX_SIZE = 64, 4096  # pixels, each side
 MAX_STEPS = 1000  # the steps the model was trained with; finer ones do not exist for it
 MAX_SEED = 2**64 - 1
 DEFAULT_STRENGTH = 0.6  # Diffusers'
+DEFAULT_DISTILLED_GUIDANCE = 3.5
 
 
 def nearest_sizes(size: int) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
@@ -22,6 +21,7 @@ from flux_nf4.model.arithmetic import (
     choose_arithmetic,
     set_arithmetic,
 )
+from flux_nf4.model.assemble import check_compute_dtype
 from flux_nf4.model.attention import AttentionWish, check_attention, choose_attention
 from flux_nf4.model.build import build_autoencoder, build_clip, build_t5, build_transformer
 from flux_nf4.model.fast_step import fast_step
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from flux_nf4.nf4.eight_bit import Arithmetic
 
 DEMO_FILE = "flux-demo-nf4-v2.safetensors"
-COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +61,7 @@ class LoadSettings:
     the model says which. `attention`: `exact`, or `int8` with the package sageattention.
 
     Raises:
-        InputError: the device is unknown or absent, or has no such arithmetic or attention; or the
-            dtype is not one to compute in.
+        InputError: the arithmetic or attention is unknown, or the dtype is not one to compute in.
     """
 
     device: str = "auto"
@@ -77,11 +75,8 @@ class LoadSettings:
     def __post_init__(self) -> None:
         check_arithmetic(self.arithmetic)
         check_attention(self.attention)
-        if self.dtype is not None and self.dtype not in COMPUTE_DTYPES:
-            raise InputError(
-                f"cannot compute in `{self.dtype}`",
-                hint="use bfloat16 or float32: FLUX overflows float16",
-            )
+        if self.dtype is not None:
+            check_compute_dtype(self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -288,7 +283,7 @@ def check_facts(facts: Facts) -> None:
     }
     for name, (low, high) in bounds.items():
         value = getattr(facts, name)
-        if not math.isfinite(value) or not low <= value <= high:
+        if not low <= value <= high:
             raise FormatError(f"the model's `{name}` must lie in {low:g} to {high:g}, got {value}")
     if facts.default_size % 16:
         raise FormatError(f"the model's `default_size` {facts.default_size} is no multiple of 16")

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from flux_nf4.errors import DoesNotFitError, InputError
-from flux_nf4.memory.activations import Workload
 from flux_nf4.memory.budget import CONTEXT_BYTES, DESKTOP_BYTES, SLACK_BYTES, Budget
 from flux_nf4.memory.checkpoint_inventory import component_entries
 from flux_nf4.memory.contents import take_contents, weigh
 from flux_nf4.memory.device import CudaDevice, Device
 from flux_nf4.memory.host import measure_host
-from flux_nf4.memory.inventory import Inventory, take_inventory
+from flux_nf4.memory.inventory import take_inventory
 from flux_nf4.memory.plan import largest_size, make_plan, smallest_budget
 from flux_nf4.memory.residency import Residency
 from flux_nf4.model import fused
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flux_nf4.formats.component import Component, ComponentKind
+    from flux_nf4.memory.activations import Workload
+    from flux_nf4.memory.inventory import Inventory
     from flux_nf4.memory.placement import Phase, Plan
     from flux_nf4.model.blocks import FluxBlocks
     from flux_nf4.pipeline.conditioning import Text
@@ -90,7 +91,6 @@ class ModelMemory:
         self.inventory, self._free_bytes, self._ram = inventory, free_bytes, ram
         self._host = measure_host()
         self._budget: Budget | None = None
-        self._workload: Workload | None = None
         self._phases: set[Phase] = set()
         self._was_least = False
         self.num_shrinks = 0
@@ -168,15 +168,16 @@ class ModelMemory:
         """
         if self.residency is None or self.inventory is None or self._budget is None:
             return
-        if workload != self._workload or self.plan is None:
-            before, self.plan = self.plan, make_plan(self.inventory, workload, self._budget)
-            if not (self._is_same_step(workload, before) and self._has_room_for_graph()):
+        plan = before = self.plan
+        if plan is None or plan.workload != workload:
+            self.plan = plan = make_plan(self.inventory, workload, self._budget)
+            if before is None or not _is_same_step(before, plan) or not _has_room_for_graph(plan):
                 self._graph = None
-            self._workload, self._has_graphs = workload, True
+            self._has_graphs = True
         self._phases.clear()
         self._was_least = False
         self.residency.device.reset_peak()
-        self.residency.adopt(self.plan)
+        self.residency.adopt(plan)
 
     @contextlib.contextmanager
     def phase(self, name: Phase, *, num_passes: int = 1) -> Iterator[None]:
@@ -196,36 +197,18 @@ class ModelMemory:
         if self._graph is not None:
             return self._graph
         is_repaid = self._has_graphs and num_calls >= LEAST_CALLS
-        if self.residency is None or not is_repaid or not StepGraph.is_possible(device):
+        if self.residency is None or self.plan is None or not is_repaid:
+            return blocks
+        if not StepGraph.is_possible(device):
             return blocks
         graph = StepGraph(blocks, device, self.residency.is_streamed)
-        if self._has_room_for_graph():
+        if _has_room_for_graph(self.plan):
             self._graph = graph
         return graph
 
     def give_up_graphs(self) -> None:
         """Let steps run as they are, for as long as the plan is made for the same."""
         self._graph, self._has_graphs = None, False
-
-    def _is_same_step(self, workload: Workload, before: Plan | None) -> bool:
-        """Whether a graph of the workload before serves this one: of a step they are the same."""
-        if before is None or self.plan is None or self._workload is None:
-            return False
-        as_many_steps = replace(workload, num_steps=self._workload.num_steps)
-        return as_many_steps == self._workload and self.plan.placements == before.placements
-
-    def _has_room_for_graph(self) -> bool:
-        """Whether weights stay from image to image, and a step's activations may as well."""
-        assert self.plan is not None
-        blocks = [each for each in self.plan.placements if each.unit.name.startswith("blocks.")]
-        is_kept = all(each.use == "kept" for each in blocks)
-        return (
-            is_kept and self.plan.peak_bytes + self._graph_bytes() <= self.plan.budget.device_bytes
-        )
-
-    def _graph_bytes(self) -> int:
-        assert self.plan is not None
-        return next(each.working_bytes for each in self.plan.phases if each.name == "denoise")
 
     def shrink(self) -> str:
         """Let everything go and plan for less than what has just run out -> what to tell about it.
@@ -235,44 +218,28 @@ class ModelMemory:
         Raises:
             DoesNotFitError: there is no smaller plan.
         """
-        if self.residency is None or self.inventory is None or self._budget is None:
+        if self.residency is None or self.inventory is None or self.plan is None:
             raise DoesNotFitError(
                 "the device has no memory left", hint="draw a smaller image, or fewer at once"
             )
-        assert self._workload is not None
         self.num_shrinks += 1
-        context_bytes = self._budget.context_bytes
-        least = smallest_budget(self.inventory, self._workload, context_bytes=context_bytes)
-        peak_bytes = self._budget.device_bytes if self.plan is None else self.plan.peak_bytes
+        workload, budget, peak_bytes = self.plan.workload, self.plan.budget, self.plan.peak_bytes
+        least = smallest_budget(self.inventory, workload, context_bytes=budget.context_bytes)
         self._graph = None
         self.residency.forget()
         free_bytes = self.residency.device.free_bytes()
         if peak_bytes <= least:
             if self._was_least:
-                raise self._nothing_left(least, free_bytes)
+                raise _nothing_left(self.inventory, workload, least, free_bytes)
             self._was_least = True
         device_bytes = least + int(_SHRINK * max(0, peak_bytes - least))
         if free_bytes is not None:
-            device_bytes = max(least, min(device_bytes, free_bytes + context_bytes))
-        self._budget = replace(self._budget, device_bytes=device_bytes)
-        self.plan = make_plan(self.inventory, self._workload, self._budget)
+            device_bytes = max(least, min(device_bytes, free_bytes + budget.context_bytes))
+        self._budget = replace(budget, device_bytes=device_bytes)
+        self.plan = make_plan(self.inventory, workload, self._budget)
         return (
             f"the device ran out of memory: going on within {self.plan.peak_bytes / 2**30:.2f} "
             f"GiB, with {self.plan.step_bytes / 2**30:.2f} GiB loaded in every step"
-        )
-
-    def _nothing_left(self, least: int, free_bytes: int | None) -> DoesNotFitError:
-        assert self.inventory is not None
-        assert self._workload is not None
-        hint = "close what else uses the device"
-        if free_bytes is not None:
-            budget = Budget(device_bytes=free_bytes, context_bytes=0)
-            size = largest_size(self.inventory, self._workload, budget)
-            hint += f", or draw {size.width} x {size.height}, the largest that fits" if size else ""
-        return DoesNotFitError(
-            f"the device ran out of memory within {least / 2**30:.2f} GiB, the least that "
-            f"{self.inventory.name} takes at {self._workload.width} x {self._workload.height}",
-            hint=hint,
         )
 
     @property
@@ -283,7 +250,7 @@ class ModelMemory:
             (phase.peak_bytes for phase in self.plan.phases if phase.name in self._phases),
             default=self.plan.peak_bytes,
         )
-        graph_bytes = self._graph_bytes() if self._graph is not None else 0
+        graph_bytes = _graph_bytes(self.plan) if self._graph is not None else 0
         return planned - self.plan.budget.context_bytes + graph_bytes
 
     def surprise(self) -> str | None:
@@ -299,6 +266,37 @@ class ModelMemory:
             f"device memory peaked at {peak_bytes / 2**30:.2f} GiB, and {planned / 2**30:.2f} GiB "
             "was planned"
         )
+
+
+def _is_same_step(before: Plan, plan: Plan) -> bool:
+    """Whether a graph of the plan before serves this one: of a step they are the same."""
+    as_many_steps = replace(plan.workload, num_steps=before.workload.num_steps)
+    return as_many_steps == before.workload and plan.placements == before.placements
+
+
+def _has_room_for_graph(plan: Plan) -> bool:
+    """Whether weights stay from image to image, and a step's activations may as well."""
+    blocks = [each for each in plan.placements if each.unit.name.startswith("blocks.")]
+    is_kept = all(each.use == "kept" for each in blocks)
+    return is_kept and plan.peak_bytes + _graph_bytes(plan) <= plan.budget.device_bytes
+
+
+def _graph_bytes(plan: Plan) -> int:
+    return next(each.working_bytes for each in plan.phases if each.name == "denoise")
+
+
+def _nothing_left(
+    inventory: Inventory, workload: Workload, least: int, free_bytes: int | None
+) -> DoesNotFitError:
+    hint = "close what else uses the device"
+    if free_bytes is not None:
+        size = largest_size(inventory, workload, Budget(device_bytes=free_bytes, context_bytes=0))
+        hint += f", or draw {size.width} x {size.height}, the largest that fits" if size else ""
+    return DoesNotFitError(
+        f"the device ran out of memory within {least / 2**30:.2f} GiB, the least that "
+        f"{inventory.name} takes at {workload.width} x {workload.height}",
+        hint=hint,
+    )
 
 
 def manage(

@@ -37,10 +37,9 @@ _STEPS_BUDGET_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """One way to run the transformer; `requires` names the packages that it needs."""
+    """One way to run the transformer."""
 
     name: str
-    requires: tuple[str, ...] = ("diffusers",)
     is_nf4: bool = False
     is_fp8_stored: bool = False
     is_compiled: bool = False
@@ -48,17 +47,15 @@ class Peer:
     @property
     def is_installed(self) -> bool:
         """Whether its packages are there."""
-        return all(importlib.util.find_spec(each) is not None for each in self.requires)
+        packages = ("diffusers", "bitsandbytes") if self.is_nf4 else ("diffusers",)
+        return all(importlib.util.find_spec(each) is not None for each in packages)
 
 
-_NF4 = ("diffusers", "bitsandbytes")
 PEERS = (
     Peer(name="Diffusers"),
     Peer(name="Diffusers, compiled", is_compiled=True),
-    Peer(name="Diffusers + bitsandbytes NF4", requires=_NF4, is_nf4=True),
-    Peer(
-        name="Diffusers + bitsandbytes NF4, compiled", requires=_NF4, is_nf4=True, is_compiled=True
-    ),
+    Peer(name="Diffusers + bitsandbytes NF4", is_nf4=True),
+    Peer(name="Diffusers + bitsandbytes NF4, compiled", is_nf4=True, is_compiled=True),
     Peer(name="Diffusers, stored in fp8", is_fp8_stored=True),
 )
 

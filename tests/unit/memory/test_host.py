@@ -37,6 +37,16 @@ def test_a_container_has_no_more_than_its_limit(monkeypatch, tmp_path):
     assert host.free <= GIB * 3 // 4
 
 
+def test_a_containers_cached_files_do_not_take_its_memory(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text(f"{GIB}\n")
+    (tmp_path / "memory.current").write_text(f"{GIB}\n")
+    cached = f"anon {GIB // 4}\nactive_file {GIB // 4}\ninactive_file {GIB // 2}\n"
+    (tmp_path / "memory.stat").write_text(cached)
+    monkeypatch.setattr("flux_nf4.memory.host._CGROUP", tmp_path)
+
+    assert measure_host().free == GIB * 3 // 4
+
+
 @pytest.mark.parametrize("limit", ["max", None])
 def test_without_a_limit_a_container_has_what_there_is(monkeypatch, tmp_path, limit):
     if limit is not None:

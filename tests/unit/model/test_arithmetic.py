@@ -74,14 +74,14 @@ def transformer(make_transformer):
 
 
 def test_only_layers_between_the_first_and_the_last_take_eight_bits(transformer):
-    num_layers = set_arithmetic(transformer.blocks, "int8")
-    exact = {
-        name
+    set_arithmetic(transformer.blocks, "int8")
+    taken = {
+        name: layer.arithmetic
         for name, layer in transformer.blocks.named_modules()
-        if isinstance(layer, NF4Linear) and layer.arithmetic == "bf16"
+        if isinstance(layer, NF4Linear)
     }
-    assert exact == set(KEEPS_BF16)
-    config = transformer.config
+    assert {name for name, each in taken.items() if each == "bf16"} == set(KEEPS_BF16)
+    config, num_layers = transformer.config, list(taken.values()).count("int8")
     assert num_layers == 8 * config.num_double_blocks + 2 * config.num_single_blocks
 
 

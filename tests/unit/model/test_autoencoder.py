@@ -7,6 +7,7 @@ import torch
 
 from flux_nf4.errors import FormatError
 from flux_nf4.formats.facts import Facts
+from flux_nf4.model.autoencoder import Autoencoder
 from flux_nf4.model.build import build_autoencoder
 
 FACTS = Facts(vae_norm_num_groups=4)
@@ -55,9 +56,11 @@ def test_latents_are_float32_whatever_it_computes_in(vae):
 
 
 def test_colours_of_flux_1s_latents_need_no_weights(vae):
-    built = build_autoencoder(vae, FACTS, **BUILD)
-    built.model.config = replace(built.model.config, widths=(128, 256, 512, 512))
-    del built.model.encoder, built.model.decoder
+    model = build_autoencoder(vae, FACTS, **BUILD).model
+    model.config = replace(model.config, widths=(128, 256, 512, 512))
+    del model.encoder, model.decoder
+    built = Autoencoder(model, scaling_factor=0.3611, shift_factor=0.1159)
+    assert built.knows_colours
     latents = torch.zeros(1, 16, 1, 2)
     latents[0, 9, 0, 1] = 2.0
     colours = built.colours(latents)[0, :, 0].T

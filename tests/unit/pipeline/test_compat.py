@@ -179,6 +179,11 @@ def test_a_path_that_is_not_there_is_not_downloaded():
         FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev")
 
 
+def test_a_path_that_cannot_be_is_not_found():
+    with pytest.raises(ModelNotFoundError, match="File name too long"):
+        FluxPipeline.from_pretrained("too-long" * 99)
+
+
 def test_an_empty_folder_holds_no_model(tmp_path):
     with pytest.raises(ModelNotFoundError):
         FluxPipeline.from_pretrained(tmp_path)
@@ -304,6 +309,7 @@ def test_one_negative_prompt_serves_all_prompts(pipeline):
         ({"seed": -1}, "`seed`"),
         ({"seed": 2**64}, "`seed`"),
         ({"seed": "1"}, "`seed`"),
+        ({"seed": True}, "`seed`"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators for 1 images"),
         ({"generator": 5}, "`generator`"),
         ({"latents": torch.zeros(2, 20, 64)}, "2 rows for 1 images"),

@@ -89,6 +89,12 @@ def test_known_hashes_are_not_asked_of_another_revision():
     assert (source.revision, source.num_bytes, source.sha256) == ("old", None, None)
 
 
+def test_any_file_of_a_known_repository_has_its_licence():
+    source = find_source("black-forest-labs/FLUX.1-dev/flux1-dev.safetensors")
+
+    assert source.licence == find_source("flux1-dev").licence
+
+
 def test_an_unknown_name_is_told_the_nearest():
     with pytest.raises(InputError, match="`flux-dev-nf4-v2`") as caught:
         find_source("flux-dev-nf4-v2")

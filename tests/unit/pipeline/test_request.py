@@ -34,6 +34,7 @@ def test_images_count_their_seeds_up():
         ("distilled_guidance_scale", "3.5"),
         ("guidance_scale", 0.0),
         ("guidance_scale", 101),
+        ("guidance_scale", 10**400),
         ("guidance_scale", None),
         ("seed", -1),
         ("seed", 2**64),
