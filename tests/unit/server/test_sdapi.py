@@ -401,6 +401,14 @@ def test_a_body_that_cannot_be_is_a_400_with_a_detail(api, path, content):
     assert response.json()["detail"]
 
 
+@pytest.mark.parametrize("depth", range(900, 1000, 7))
+def test_a_body_that_is_nested_deeply_is_no_fault_of_ours(api, depth):
+    content = '{"override_settings": {"x": ' + "[" * depth + "]" * depth + "}}"
+    headers = {"content-type": "application/json"}
+
+    assert api.post("/txt2img", content=content, headers=headers).status_code in (200, 400)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "request_", "status"),
     [
