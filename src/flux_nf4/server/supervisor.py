@@ -293,6 +293,8 @@ class Supervisor:
         job_id = self.job_id
         if job_id is None or frame["job"] != job_id:
             raise FormatError("a worker speaks of a job that is not its own")
+        if kind == "cancelled" and not self._is_cancelling:
+            raise FormatError("a worker gave up a job by itself")
         if kind in _ENDS:
             self._watch(None)
             self.state, self.job_id, self._usage = "idle", None, frame["usage"]
