@@ -261,6 +261,13 @@ def test_systemd_leaves_time_to_drain():
     assert int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1]) > default_s + 5
 
 
+def test_systemd_hides_no_gpu():
+    unit = text_of(DEPLOY / "flux-nf4.service")
+
+    # Whoever allows one device forbids all others (github.com/systemd/systemd/issues/18142).
+    assert not re.search(r"^(PrivateDevices|ProtectClock|DevicePolicy|DeviceAllow)=", unit, re.M)
+
+
 @pytest.mark.parametrize(
     ("probe", "path"),
     [("startupProbe", "/startupz"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")],
