@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from flux_nf4.server.jobs import JobError
 
-NO_LORA = "LoRA adapters come with `flux-nf4 train`; this version serves none"
+NO_LORA = "this version serves no LoRA adapters"
 # The longest that OpenAI's client waits; it takes a longer one for "do not retry".
 MAX_RETRY_AFTER_S = 120
 _LONGEST_QUOTE = 60
