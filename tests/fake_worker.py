@@ -17,6 +17,7 @@ die once PATH   the same, but only where PATH does not exist
 hang once PATH  stops there instead
 garbage         says what is no frame
 stranger        speaks of another job
+quit            says that it was cancelled, which it was not
 huge            says that an image is larger than images can be
 fail            tells that it ran out of memory
 notice          a notice before the images
@@ -145,6 +146,8 @@ def say(order, shared):
             sleep_for_ever()
         case "stranger":
             send("done", job="job_of_another", usage=None)
+        case "quit":
+            send("cancelled", job=job, usage=None)
         case "huge":
             send("image", job=job, index=0, seed=0, width=10**6, height=10**6)
         case "notice":

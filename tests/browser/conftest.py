@@ -76,6 +76,7 @@ class Visitor:
         waits_for="#model",
         locale="en-US",
         routes=(),
+        script="",
         **options,
     ):
         context = self.browser.new_context(
@@ -84,6 +85,7 @@ class Visitor:
         self.contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE_MS)
+        page.add_init_script(script)
         for pattern, answer in dict(routes).items():
             page.route(pattern, answer)
         page.on("console", lambda said: said.type in ("error", "warning") and self.note(said.text))

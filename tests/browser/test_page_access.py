@@ -177,6 +177,34 @@ def test_on_a_phone_the_button_to_draw_is_always_in_reach(visitor, server):
     expect(page.locator("#generate")).to_be_in_viewport(ratio=1)
 
 
+COVERED = """(element) => {
+  const { left, bottom } = element.getBoundingClientRect();
+  return document.elementFromPoint(left + 1, bottom - 1) !== element;
+}"""
+
+
+def test_on_a_phone_what_is_wrong_is_not_hidden_behind_the_button(visitor, server):
+    page = visitor.open(server.url, width=390, height=844, has_touch=True, is_mobile=True)
+    page.locator("#prompt").fill("one")
+    page.locator("#width").fill("300")
+    page.evaluate("scrollTo(0, 0)")
+    page.locator("#generate").click()
+    problem = page.locator(".problem:visible")
+    expect(problem).to_contain_text("304 would do")
+
+    assert not problem.evaluate(COVERED)
+
+
+@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
+def test_labels_of_the_mask_editor_stay_on_one_line(visitor, server, locale):
+    page = visitor.open(server.url, locale=locale)
+    drop(page, image_file(), "start")
+    page.locator("#source-paint").click()
+    label = page.locator(".mask-size span")
+
+    assert label.bounding_box()["width"] > label.bounding_box()["height"]
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 720), (1920, 1080), (3840, 2160)])
 def test_on_a_desk_everything_is_in_view_without_scrolling(visitor, server, width, height):
     page = visitor.open(server.url, width=width, height=height)
@@ -267,6 +295,27 @@ def test_a_server_with_keys_asks_for_one_and_forgets_it_with_the_tab(visitor, st
     assert page.evaluate(
         "[sessionStorage.length, JSON.stringify(localStorage).includes('right')]"
     ) == [1, False]
+
+
+NO_STORAGE = """for (const name of ["localStorage", "sessionStorage", "indexedDB"])
+  Object.defineProperty(window, name, { get() { throw new DOMException("denied"); } });"""
+
+
+def test_where_storage_is_switched_off_the_page_works_without(visitor, start_server):
+    visitor.expected = "status of 401"
+    server = start_server(api_keys=("right",))
+    page = visitor.open(server.url, waits_for="#key", script=NO_STORAGE)
+    page.get_by_label("API key").fill("right")
+    page.get_by_label("API key").press("Enter")
+    draw(page)
+
+
+def test_a_server_that_is_gone_restores_no_settings_and_breaks_nothing(page, visitor):
+    visitor.expected = "net::ERR_INTERNET_DISCONNECTED"
+    page.context.set_offline(True)
+    drop(page, image_file(), "restore")
+
+    expect(page.get_by_text("The server does not answer.")).to_be_visible()
 
 
 def test_a_server_that_is_gone_is_waited_for(page, visitor, server):

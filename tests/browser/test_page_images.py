@@ -47,6 +47,13 @@ def test_the_gallery_survives_a_reload_and_a_server_that_forgot(page, server):
     expect(page.locator(".tile")).to_have_count(1)
 
 
+def test_an_image_that_the_browser_cannot_keep_is_shown_all_the_same(page):
+    page.evaluate("void (IDBObjectStore.prototype.put = () => { throw new DOMException('no') })")
+    draw(page)
+
+    expect(page.get_by_text("This browser keeps no more images.")).to_be_visible()
+
+
 def test_images_that_this_browser_never_saw_come_from_the_server(page, server, visitor):
     draw(page)
 

@@ -1,5 +1,9 @@
 """From a prompt to a picture, and every way in which that can end."""
 
+import dataclasses
+import re
+from functools import partial
+
 import pytest
 from pages import PROMPT, ask_for, draw, jobs_of, only_job
 from playwright.sync_api import expect
@@ -54,6 +58,42 @@ def test_a_failed_job_shows_its_remedy_and_can_be_tried_again(page, server):
     expect(page.locator("#result-prompt")).to_have_text(PROMPT)
     first, second = jobs_of(server)
     assert first.spec == second.spec
+
+
+def wait_for_poll(page):
+    """Until the page has asked for all jobs once more, and has the answer."""
+    with page.expect_response(re.compile("v1/jobs\\?limit")):
+        pass
+    with page.expect_response(re.compile("v1/jobs\\?limit")):
+        pass
+
+
+def test_a_failure_is_told_in_the_same_words_when_the_server_is_asked_again(page, server):
+    server.engine.fail_next = out_of_memory()
+    ask_for(page, "one")
+    expect(page.locator("#failure-hint")).to_have_text("try a smaller size")
+    server.pull(server.engine.hold)
+    ask_for(page, "two")
+    ask_for(page, "three")
+    page.get_by_role("button", name="That did not work: one").click()
+    wait_for_poll(page)
+
+    expect(page.locator("#failure-message")).to_have_text("out of memory: 2.0 GB more were needed")
+
+
+def test_a_job_older_than_the_newest_hundred_is_not_lost(visitor, start_server):
+    server = start_server(FakeEngine(max_queue=200))
+    server.pull(server.engine.hold)
+    page = visitor.open(server.url)
+    ask_for(page, "one")
+    expect(page.get_by_role("button", name="Being drawn: one")).to_be_visible()
+    spec = dataclasses.replace(only_job(server).spec, prompt="another")
+    for _ in range(101):
+        server.pull(partial(server.engine.submit, owner="local", api="jobs"), spec)
+    ask_for(page, "two")
+    wait_for_poll(page)
+
+    expect(page.get_by_role("button", name="Being drawn: one")).to_be_visible()
 
 
 def test_what_the_server_refuses_is_said_at_its_field(page, visitor):

@@ -164,11 +164,8 @@ def test_every_option_in_the_guide_is_one_of_the_servers():
     assert asked - names == {"--help"}
 
 
-def test_the_secret_in_the_repository_opens_nothing():
-    values = objects()["Secret"]["stringData"].values()
-    keys = {line for value in values for line in value.splitlines()}
-
-    assert keys == {"replace-me"}  # shorter than the server takes
+def test_no_file_takes_the_place_of_the_secret_that_the_guide_makes():
+    assert "Secret" not in objects()
 
 
 # ---- containers ---------------------------------------------------------------------------------
@@ -261,6 +258,13 @@ def test_systemd_leaves_time_to_drain():
     assert int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1]) > default_s + 5
 
 
+def test_systemd_hides_no_gpu():
+    unit = text_of(DEPLOY / "flux-nf4.service")
+
+    # Whoever allows one device forbids all others (github.com/systemd/systemd/issues/18142).
+    assert not re.search(r"^(PrivateDevices|ProtectClock|DevicePolicy|DeviceAllow)=", unit, re.M)
+
+
 @pytest.mark.parametrize(
     ("probe", "path"),
     [("startupProbe", "/startupz"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")],
@@ -305,12 +309,16 @@ def test_every_selector_finds_the_pods():
     assert [each for each in selectors if not each.items() <= labels.items()] == []
 
 
-def test_prometheus_reads_a_key_that_is_in_the_secret():
-    endpoint = objects()["ServiceMonitor"]["spec"]["endpoints"][0]
-    secret = objects()["Secret"]
+def test_the_keys_that_are_read_are_in_the_secret_that_the_guide_makes():
+    ((name, files),) = re.findall(r"create secret generic (\S+) (.+)", text_of(GUIDE))
+    held = re.findall(r"--from-file=(\S+)", files)
+    credentials = objects()["ServiceMonitor"]["spec"]["endpoints"][0]["authorization"][
+        "credentials"
+    ]
+    (mounted,) = (each["secret"] for each in pod()["volumes"] if "secret" in each)
 
-    assert endpoint["authorization"]["credentials"]["name"] == secret["metadata"]["name"]
-    assert endpoint["authorization"]["credentials"]["key"] in secret["stringData"]
+    assert {credentials["name"], mounted["secretName"]} == {name}
+    assert {credentials["key"], *(item["key"] for item in mounted["items"])} == set(held)
 
 
 def ray_service():

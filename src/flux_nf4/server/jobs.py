@@ -7,7 +7,6 @@ torch.
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
 import time
 import uuid
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 JobState: TypeAlias = Literal["queued", "running", "done", "failed", "cancelled"]
 FinalState: TypeAlias = Literal["done", "failed", "cancelled"]
-Api: TypeAlias = Literal["openai", "sdapi", "jobs", "ui"]
+Api: TypeAlias = Literal["openai", "sdapi", "jobs"]
 EventKind: TypeAlias = Literal[
     "queued",
     "started",
@@ -48,7 +47,7 @@ EventKind: TypeAlias = Literal[
 # Of a job's events only steps and stages grow with its length: so many of them are kept.
 _MAX_PASSING_EVENTS = 256
 _PASSING: tuple[EventKind, ...] = ("step", "stage")
-_IMAGE_FIELDS = ("image", "mask_image")
+UPLOADS = ("image", "mask_image")  # the fields of a spec that are files
 
 
 class QueueFullError(FluxNF4Error):
@@ -101,45 +100,29 @@ class JobSpec:
             raise InputError("`mask_image` needs an `image`", hint="send both, or neither")
 
     def to_request(self, **images: Any) -> GenerationRequest:
-        """What the pipeline is asked for; `images` are its `image` and `mask_image`, decoded."""
-        return GenerationRequest(
-            prompt=self.prompt,
-            negative_prompt=self.negative_prompt,
-            width=self.width,
-            height=self.height,
-            num_inference_steps=self.num_inference_steps,
-            distilled_guidance_scale=self.distilled_guidance_scale,
-            guidance_scale=self.guidance_scale,
-            seed=self.seed,
-            num_images=self.num_images,
-            schedule=self.schedule,
-            strength=self.strength,
-            num_previews=self.num_previews,
-            **images,
-        )
+        """What the pipeline is asked for; `images` are the uploads, decoded."""
+        return GenerationRequest(**self.to_dict(), **images)
+
+    @property
+    def uploads(self) -> dict[str, bytes]:
+        """Its files by the names of their fields."""
+        return {name: data for name in UPLOADS if (data := getattr(self, name)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON; the images in base64."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        for name in _IMAGE_FIELDS:
-            if values[name] is not None:
-                values[name] = base64.b64encode(values[name]).decode()
-        return values
+        """Plain JSON: all but the uploads."""
+        names = (item.name for item in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name not in UPLOADS}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> JobSpec:
-        """Read what `to_dict` made.
+    def from_dict(cls, values: Mapping[str, Any], uploads: Mapping[str, bytes | None]) -> JobSpec:
+        """What `to_dict` and `uploads` made of it, joined again.
 
         Raises:
-            FormatError: a field is missing, unknown, or not base64.
+            FormatError: a field is missing or unknown.
             InputError: a value is out of range.
         """
-        chosen = dict(values)
         try:
-            for name in _IMAGE_FIELDS:
-                if chosen.get(name) is not None:
-                    chosen[name] = base64.b64decode(chosen[name], validate=True)
-            return cls(**chosen)
+            return cls(**(dict(values) | {name: uploads.get(name) for name in UPLOADS}))
         except InputError:
             raise
         except (TypeError, ValueError) as error:

@@ -7,14 +7,13 @@ not lost with the power. One server at a time: the file is locked as long as it 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import sqlite3
 from typing import TYPE_CHECKING, TypeVar
 
 from flux_nf4.errors import DiskError, FluxNF4Error, FormatError, InputError
-from flux_nf4.server.jobs import Job, JobSpec
+from flux_nf4.server.jobs import UPLOADS, Job, JobSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +24,6 @@ _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x464E4634  # "FNF4", in the file's header
-_UPLOADS = ("image", "mask_image")
 # Uploads apart: a change in a row writes all of it.
 _TABLES = """
 CREATE TABLE IF NOT EXISTS uploads (
@@ -82,17 +80,14 @@ class Journal:
         Raises:
             DiskError: it could not be written.
         """
-        bare = dataclasses.replace(job.spec, image=None, mask_image=None)
-        spec = json.dumps(bare.to_dict())
+        spec = json.dumps(job.spec.to_dict())
         row = (job.id, job.owner, job.api, job.created_at, job.num_attempts, spec)
         columns = "(id, owner, api, created_at, num_attempts, spec)"
-        uploads = zip(_UPLOADS, (job.spec.image, job.spec.mask_image), strict=True)
         self._write(
             (f"INSERT INTO jobs {columns} VALUES (?, ?, ?, ?, ?, ?)", row),
             *(
                 ("INSERT INTO uploads (job_id, name, data) VALUES (?, ?, ?)", (job.id, name, data))
-                for name, data in uploads
-                if data is not None
+                for name, data in job.spec.uploads.items()
             ),
         )
 
@@ -136,9 +131,8 @@ class Journal:
             f"SELECT {columns} FROM jobs ORDER BY place"
         ):
             try:
-                bare = JobSpec.from_dict(json.loads(text))
-                image, mask_image = (self._upload(job_id, name) for name in _UPLOADS)
-                spec = dataclasses.replace(bare, image=image, mask_image=mask_image)
+                uploads = {name: self._upload(job_id, name) for name in UPLOADS}
+                spec = JobSpec.from_dict(json.loads(text), uploads)
             except (ValueError, TypeError, FormatError) as error:
                 raise FormatError(
                     f"the journal `{self._path}` is damaged: job `{job_id}`: {error}"

@@ -6,7 +6,6 @@ The web page draws with nothing else. A job is its caller's own: for another key
 from __future__ import annotations
 
 import base64
-import dataclasses
 import re
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 
@@ -123,11 +122,6 @@ def job_as_json(context: Context, job: Job) -> dict[str, Any]:
     error = None
     if job.error is not None:
         error = from_job(job.error).body["error"] | {"hint": job.error.hint}
-    request = {
-        item.name: getattr(job.spec, item.name)
-        for item in dataclasses.fields(job.spec)
-        if item.name not in ("image", "mask_image")
-    }
     return {
         "id": job.id,
         "object": "job",
@@ -141,7 +135,7 @@ def job_as_json(context: Context, job: Job) -> dict[str, Any]:
         "step": job.step,
         "num_steps": job.num_steps,
         "image_index": job.image_index,
-        "request": request
+        "request": job.spec.to_dict()
         | {"has_image": job.spec.image is not None, "has_mask": job.spec.mask_image is not None},
         "images": [_image_as_json(job, image) for image in job.images],
         "notices": job.notices,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 from typing import TYPE_CHECKING
 
 from fastapi import Response
@@ -67,6 +66,6 @@ async def decode_upload(context: Context, name: str, text: str) -> images.Upload
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
         data = await asyncio.to_thread(_decode, encoded)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"`{name}` is not base64") from error
     return await check_upload(context, name, data)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from flux_nf4.server.jobs import JobError
 
-NO_LORA = "LoRA adapters come with `flux-nf4 train`; this version serves none"
+NO_LORA = "this version serves no LoRA adapters"
 # The longest that OpenAI's client waits; it takes a longer one for "do not retry".
 MAX_RETRY_AFTER_S = 120
 _LONGEST_QUOTE = 60
@@ -179,6 +179,11 @@ def install(app: FastAPI) -> None:
     async def on_validation_error(request: Request, error: RequestValidationError) -> Json:
         return from_validation(error.errors()).response(request.scope["path"])
 
+    async def on_deep_body(request: Request, _: RecursionError) -> Json:
+        # Parsed it was, but checking it or telling it back takes more calls than there may be.
+        error = ApiError(400, "the body is nested too deep", code="invalid_json")
+        return error.response(request.scope["path"])
+
     async def on_fault(request: Request, _: Exception) -> Json:
         message = "this is a bug in flux-nf4; the server's log has the details"
         return ApiError(500, message, code="internal_error").response(request.scope["path"])
@@ -188,6 +193,7 @@ def install(app: FastAPI) -> None:
         ApiError: on_api_error,
         FluxNF4Error: on_own_error,
         RequestValidationError: on_validation_error,
+        RecursionError: on_deep_body,
         Exception: on_fault,
     }
     for kind, handler in handlers.items():

@@ -68,7 +68,7 @@ class JobRequest(Body):
         "How much of `image` is replaced.", exclusiveMinimum=0, maximum=1
     )
     num_previews: int | None = described("Previews of each image.", minimum=0, maximum=MAX_STEPS)
-    lora: None = described("LoRA adapters come with `flux-nf4 train`; this version serves none.")
+    lora: None = described("Not supported: this version serves no LoRA adapters.")
 
 
 class ImageRequest(Body):
@@ -119,7 +119,7 @@ class ImageRequest(Body):
     negative_prompt: str | None = described("What to keep out; needs `true_cfg_scale` above 1.")
     width: int | None = described("In place of `size`, with `height`.", **_SIDE)
     height: int | None = described("In place of `size`, with `width`.", **_SIDE)
-    lora: None = described("LoRA adapters come with `flux-nf4 train`; this version serves none.")
+    lora: None = described("Not supported: this version serves no LoRA adapters.")
 
 
 class EditRequest(ImageRequest):

@@ -131,12 +131,9 @@ class Supervisor:
         assert self.state == "idle"
         self.state, self.job_id, self._is_cancelling = "busy", job_id, False
         self._was_useful = self._has_drawn  # a worker that dies of its first job was not
-        images = {"image": spec.image, "mask_image": spec.mask_image}
-        uploads = {name: data for name, data in images.items() if data is not None}
-        put_shared(self._shared, list(uploads.values()))
-        bare = dataclasses.replace(spec, image=None, mask_image=None).to_dict()
-        sizes = {name: len(data) for name, data in uploads.items()}
-        self._send("job", job=job_id, spec=bare, uploads=sizes)
+        put_shared(self._shared, list(spec.uploads.values()))
+        sizes = {name: len(data) for name, data in spec.uploads.items()}
+        self._send("job", job=job_id, spec=spec.to_dict(), uploads=sizes)
         self._watch(self._step_timeout_s, "it gave no sign of life")
 
     async def set_memory(self, vram: int | None) -> dict[str, Any]:
@@ -297,6 +294,8 @@ class Supervisor:
         job_id = self.job_id
         if job_id is None or frame["job"] != job_id:
             raise FormatError("a worker speaks of a job that is not its own")
+        if kind == "cancelled" and not self._is_cancelling:
+            raise FormatError("a worker gave up a job by itself")
         if kind in _ENDS:
             self._watch(None)
             self.state, self.job_id, self._usage = "idle", None, frame["usage"]

@@ -204,7 +204,7 @@ class Worker:
             data = take_shared(self.parent.shared, size_bytes, offset)
             images[name] = decode_image(data, f"the {name.replace('_', ' ')}")
             offset += size_bytes
-        return JobSpec.from_dict(order["spec"]).to_request(**images)
+        return JobSpec.from_dict(order["spec"], {}).to_request(**images)
 
     def _draw(self, job_id: str, request: GenerationRequest) -> None:
         from flux_nf4.pipeline import events

@@ -329,7 +329,7 @@ def test_what_others_can_and_this_cannot_is_called_unsupported(field, value):
 
 
 def test_an_adapter_is_refused_with_the_reason():
-    assert "come with `flux-nf4 train`" in error_of(generate(lora="style"))["message"]
+    assert "no LoRA adapters" in error_of(generate(lora="style"))["message"]
 
 
 def test_a_size_that_cannot_be_drawn_names_the_nearest():

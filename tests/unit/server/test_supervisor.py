@@ -61,7 +61,7 @@ def test_a_worker_that_is_stopped_is_killed_and_its_job_run_again(pipe):
     asyncio.run(claim())
 
 
-@pytest.mark.parametrize("prompt", ["garbage", "stranger", "huge"])
+@pytest.mark.parametrize("prompt", ["garbage", "stranger", "quit", "huge"])
 def test_a_worker_that_talks_nonsense_is_replaced(prompt):
     async def claim():
         async with serving() as engine:

@@ -1,16 +1,15 @@
 // The native API: requests, errors in one form, a job's events. Nothing else talks to the server.
-const KEY = "flux-nf4.key";
+import { recall, remember } from "./store.js";
+
 // Behind a proxy that cannot reach the server; the server itself never answers so.
 const GATEWAY = new Set([502, 504]);
 
-/** What the server refused or failed at, with the field it is about and what to do next. */
+/** What the server refused or failed at and what to do next, and the field that it is about. */
 export class ApiError extends Error {
   constructor(status, error, retryAfterS) {
     super(error.message);
     this.status = status;
-    this.code = error.code ?? null;
     this.param = error.param ?? null;
-    this.hint = error.hint ?? null;
     this.retryAfterS = retryAfterS;
   }
 }
@@ -20,7 +19,7 @@ export class Unreachable extends Error {}
 
 let askForKey = async () => false;
 let reportReach = () => {};
-const readKey = () => sessionStorage.getItem(KEY);
+let key = recall("key", "sessionStorage");
 
 /** `ask(wasWrong)` resolves once a key was entered; `reach(isReached)` hears of every try. */
 export function configure({ ask, reach }) {
@@ -28,11 +27,14 @@ export function configure({ ask, reach }) {
   reportReach = reach;
 }
 
-export const saveKey = (key) => sessionStorage.setItem(KEY, key);
+export function saveKey(fresh) {
+  key = fresh;
+  remember("key", key, "sessionStorage");
+}
 
 async function send(path, { method = "GET", body, headers = {}, signal } = {}) {
-  const key = readKey();
-  const authorization = key ? { authorization: `Bearer ${key}` } : {};
+  const sent = key;
+  const authorization = sent ? { authorization: `Bearer ${sent}` } : {};
   let response;
   try {
     const all = { ...headers, ...authorization };
@@ -48,7 +50,7 @@ async function send(path, { method = "GET", body, headers = {}, signal } = {}) {
   }
   reportReach(true);
   if (response.status === 401) {
-    await askForKey(key !== null && key === readKey());
+    await askForKey(sent !== null && sent === key);
     return send(path, { method, body, headers, signal });
   }
   if (!response.ok) throw await toError(response);

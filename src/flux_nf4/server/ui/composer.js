@@ -126,7 +126,7 @@ function markChoices() {
 const count = (by) => {
   const input = $("num_images");
   const wanted = (Number(input.value) || 1) + by;
-  setValue(input, Math.min(Number(input.max), Math.max(1, wanted)));
+  setValue(input, Math.max(1, Math.min(Number(input.max), wanted)));
 };
 
 // ---- whole form ---------------------------------------------------------------------------------
@@ -214,18 +214,17 @@ export function explain(error) {
   if (error instanceof Unreachable) return; // the banner says so
   if (error instanceof Problem) showProblem(error.field, error.message) || showTrouble(error);
   else if (error instanceof ApiError) {
-    const text = error.hint ? `${error.message}: ${error.hint}` : error.message;
-    if (!error.param || !showProblem(error.param, text)) showTrouble(error);
+    if (!error.param || !showProblem(error.param, error.message)) showTrouble(error);
   } else throw error;
 }
-
-const remedyOf = ({ hint, retryAfterS }) =>
-  hint ?? (retryAfterS ? t("retry_in", { time: duration(retryAfterS) }) : "");
 
 function showTrouble(error) {
   $("trouble").hidden = error === null;
   $("trouble").replaceChildren();
-  if (error) $("trouble").append(h("b", {}, error.message), h("span", {}, remedyOf(error)));
+  if (error === null) return;
+  const { message, retryAfterS } = error;
+  const remedy = retryAfterS ? t("retry_in", { time: duration(retryAfterS) }) : "";
+  $("trouble").append(h("b", {}, message), h("span", {}, remedy));
 }
 
 // ---- what survives a reload ---------------------------------------------------------------------
@@ -244,7 +243,7 @@ function load() {
 }
 
 function reset() {
-  for (const name of ["negative_prompt"]) setValue($(name), "");
+  setValue($("negative_prompt"), "");
   $("schedule").value = "flux";
   fill({ num_images: 1, ...state.capabilities?.defaults });
   setSeed("");

@@ -1,10 +1,9 @@
 // Building and finding elements. Text only ever goes in as text: a prompt can hold no markup.
 export const $ = (id) => document.getElementById(id);
 
-/** An element with properties, `dataset`, `aria` and listeners (`on`), and children or texts. */
-export function h(tag, { dataset = {}, aria = {}, on = {}, ...properties } = {}, ...children) {
+/** An element with properties, `aria` and listeners (`on`), and children or texts. */
+export function h(tag, { aria = {}, on = {}, ...properties } = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
-  Object.assign(element.dataset, dataset);
   for (const [name, value] of Object.entries(aria)) element.setAttribute(`aria-${name}`, value);
   for (const [name, listener] of Object.entries(on)) element.addEventListener(name, listener);
   element.append(...children);
@@ -31,8 +30,9 @@ export function setIcon(button, name) {
   else button.prepend(icon(name));
 }
 
-export function fillIcons(root = document) {
-  for (const button of root.querySelectorAll("[data-icon]")) setIcon(button, button.dataset.icon);
+export function fillIcons() {
+  for (const button of document.querySelectorAll("[data-icon]"))
+    setIcon(button, button.dataset.icon);
 }
 
 /** Open a dialog whose `data-close` buttons and backdrop close it. */
@@ -56,12 +56,10 @@ export const anyDialogOpen = () => document.querySelector("dialog[open]") !== nu
 export const isTyping = (target) =>
   target instanceof HTMLElement && target.matches("input, textarea, select, [contenteditable]");
 
-const live = () => $("live");
-
 /** Tell a screen reader, politely. The same words twice are said twice. */
 export function announce(text) {
-  live().textContent = "";
-  requestAnimationFrame(() => (live().textContent = text));
+  $("live").textContent = "";
+  requestAnimationFrame(() => ($("live").textContent = text));
 }
 
 /** A short note at the page's edge, with at most one thing to do about it. */

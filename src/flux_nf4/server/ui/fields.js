@@ -2,7 +2,7 @@
 import { $, announce, h } from "./dom.js";
 import { t } from "./i18n.js";
 
-export const fieldOf = (name) => document.querySelector(`[data-field="${name}"]`);
+const fieldOf = (name) => document.querySelector(`[data-field="${name}"]`);
 
 // The server's names for what stands in another field of the form.
 const SAME = { width: "size", height: "size", mask_image: "image" };

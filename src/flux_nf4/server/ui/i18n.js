@@ -17,13 +17,13 @@ export function t(key, values = {}) {
 
 export const hasText = (key) => key in STRINGS;
 
-/** Fill in everything below `root` that names a string. */
-export function translate(root = document) {
-  for (const element of root.querySelectorAll("[data-t]"))
+/** Fill in everything that names a string. */
+function translate() {
+  for (const element of document.querySelectorAll("[data-t]"))
     element.textContent = t(element.dataset.t);
-  for (const element of root.querySelectorAll("[data-t-placeholder]"))
+  for (const element of document.querySelectorAll("[data-t-placeholder]"))
     element.placeholder = t(element.dataset.tPlaceholder);
-  for (const element of root.querySelectorAll("[data-t-label]")) {
+  for (const element of document.querySelectorAll("[data-t-label]")) {
     element.setAttribute("aria-label", t(element.dataset.tLabel));
     // An icon has no visible text: its name shows on hovering.
     if (element.dataset.icon) element.title = t(element.dataset.tLabel);

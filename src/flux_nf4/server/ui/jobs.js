@@ -35,12 +35,18 @@ export async function sync() {
   const listed = new Set(data.map((job) => job.id));
   const coming = data.map(collectAll);
   for (const job of data) if (state.jobs.has(job.id) || !isOver(job)) adopt(job);
-  for (const job of state.jobs.values()) if (!isOver(job) && !listed.has(job.id)) lose(job);
+  // Forgotten, or older than those.
+  for (const job of open())
+    if (!listed.has(job.id))
+      void get(jobPath(job.id)).then(adopt, (error) => onNoAnswer(job, error));
   if (!state.shown) void Promise.all(coming).then(() => state.shown || follow());
   schedule();
 }
 
 function adopt(fresh) {
+  const { error } = fresh;
+  // Other clients see one text only, so the server puts the remedy into the message as well.
+  if (error?.hint) error.message = error.message.replace(`; ${error.hint}`, "");
   const job = state.jobs.get(fresh.id) ?? { after: 0, preview: null, phase: fresh.state };
   const wasOver = job.state !== undefined && isOver(job);
   state.jobs.set(fresh.id, Object.assign(job, fresh));
@@ -87,8 +93,7 @@ async function stream(job) {
         wait = FIRST_WAIT_S;
       }
     } catch (error) {
-      if (error instanceof ApiError && error.status === 404) lose(job);
-      else if (!(error instanceof Unreachable || error instanceof ApiError)) throw error;
+      onNoAnswer(job, error);
     }
     if (isOver(job)) return;
     await pause(wait);
@@ -144,18 +149,12 @@ async function finish(job) {
     announce(t("said_cancelled"));
     await collectAll(job); // images that were finished before
   }
-  if (job.state === "failed") return fail(job);
+  if (job.state === "failed")
+    return announce([job.error.message, job.error.hint].filter(Boolean).join(". "));
   const wasShown = state.shown?.job === job.id;
   state.jobs.delete(job.id);
   if (wasShown) showResultOf(job);
   changed("jobs");
-}
-
-function fail(job) {
-  const { error } = job;
-  // Other clients see one text only, so the server puts the remedy into the message as well.
-  if (error.hint) error.message = error.message.replace(`; ${error.hint}`, "");
-  announce([error.message, error.hint].filter(Boolean).join(". "));
 }
 
 function showResultOf(job) {
@@ -198,11 +197,12 @@ async function fetchImage(job, image, id) {
       if (!isKept) toast(t("storage_full"), { isError: true });
       return;
     } catch (error) {
-      if (!(error instanceof Unreachable)) {
+      if (error instanceof ApiError) {
         // It ran long ago and was cleared away; a job of this visit is worth a word.
         if (state.jobs.has(job.id)) toast(t("image_lost"), { isError: true });
         return;
       }
+      if (!(error instanceof Unreachable)) throw error;
       await untilReached();
     }
   }
@@ -210,8 +210,14 @@ async function fetchImage(job, image, id) {
 
 function lose(job) {
   job.state = "failed";
-  job.error = { message: t("lost_job"), hint: t("lost_job_hint"), param: null };
+  job.error = { message: t("lost_job"), hint: t("lost_job_hint") };
   changed("jobs");
+}
+
+/** The server knows nothing of a job, or nobody knows whether it does. */
+function onNoAnswer(job, error) {
+  if (error instanceof ApiError && error.status === 404) lose(job);
+  else if (!(error instanceof ApiError || error instanceof Unreachable)) throw error;
 }
 
 /** Ask for a job's end until the server has heard it. */

@@ -1,6 +1,6 @@
 // The starting image, and what happens to an image that is dropped, pasted or opened: a start for
 // the next one, or a source of settings.
-import { ApiError, postBytes } from "./api.js";
+import { ApiError, Unreachable, postBytes } from "./api.js";
 import { $, announce, h, openDialog, toast } from "./dom.js";
 import { t } from "./i18n.js";
 import { editMask } from "./mask.js";
@@ -117,8 +117,8 @@ async function restoreFrom(blob) {
     restore(settings);
     toast(t("said_restored"));
   } catch (error) {
-    if (!(error instanceof ApiError)) throw error;
-    toast(error.hint ? `${error.message}: ${error.hint}` : error.message, { isError: true });
+    if (error instanceof ApiError) toast(error.message, { isError: true });
+    else if (!(error instanceof Unreachable)) throw error; // the banner says so
   }
 }
 

@@ -29,7 +29,7 @@ export function onChange(names, listener) {
 
 export const isOver = (job) => ["done", "failed", "cancelled"].includes(job.state);
 
-export const itemOf = (id) => state.items.find((item) => item.id === id);
+const itemOf = (id) => state.items.find((item) => item.id === id);
 
 /** What the gallery shows, in its order: jobs that wait or run or failed, then images. */
 export function tiles() {
@@ -57,9 +57,7 @@ export const shownJob = () => (state.shown?.job ? state.jobs.get(state.shown.job
 export function stepTo(by, onlyItems = false) {
   const all = tiles().filter((tile) => !onlyItems || tile.item);
   const now = all.findIndex((tile) => tile.id === (state.shown?.item ?? state.shown?.job));
-  const next = all[now + by];
-  if (now < 0 && all.length === 0) return false;
-  const tile = now < 0 ? all[0] : next;
+  const tile = now < 0 ? all[0] : all[now + by];
   if (!tile) return false;
   show(tile.item ? { item: tile.id } : { job: tile.id }, { byHand: true });
   return true;
