@@ -36,7 +36,7 @@ class Machine:
 
     Taken where nothing was measured: PCIe 4.0 x16 at 80 % of its 31.5 GB/s; pageable copies at the
     H200's share of it; a usual NVMe disk; and the 74.4 TFLOP of a step at 1024 x 1024 in the
-    2.15 s that Forge takes on a laptop's RTX 3070 Ti (PERFORMANCE.md).
+    2.15 s that Forge is reported to take on a laptop's RTX 3070 Ti.
     """
 
     pinned_bytes_per_s: int = 25_200_000_000

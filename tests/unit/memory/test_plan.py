@@ -10,7 +10,7 @@ from flux_nf4.memory.plan import make_plan, smallest_budget
 GIB = 2**30
 SQUARE = Workload(width=1024, height=1024)
 PORTRAIT = Workload(width=896, height=1152)
-# The H200 of PERFORMANCE.md: 125 ms a step in bf16, 55.5 GB/s from pinned memory.
+# An H200, as measured with a prototype: 125 ms a step in bf16, 55.5 GB/s from pinned memory.
 H200 = Machine(pinned_bytes_per_s=55_500_000_000, step_ns=125_000_000)
 
 

@@ -27,7 +27,7 @@ pipeline = FluxPipeline.from_pretrained("./", torch_dtype=torch.bfloat16, device
                          "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16})
 image = pipeline(prompt="Astronaut in a jungle, cold color palette, muted colors", height=1152, width=896,
     num_inference_steps=20, guidance_scale=1.0, distilled_guidance_scale=3.5, seed=12345).images[0]
-"""  # noqa: E501  as it stands in DESIGN.md
+"""  # noqa: E501  as README has it
 
 
 @pytest.fixture(autouse=True)
