@@ -15,7 +15,6 @@ from flux_nf4.cli.progress import Progress, duration
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     from flux_nf4.pipeline.events import ImageDone, StepDone
     from flux_nf4.pipeline.generate import GenerationRequest
@@ -106,12 +105,7 @@ class _Preview:
     def __enter__(self) -> _Preview:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.remove()
 
     def show(self, event: StepDone, target: Path) -> None:
