@@ -15,7 +15,7 @@ from flux_nf4.cli.console import print_note
 from flux_nf4.cli.drawing import Drawing
 from flux_nf4.cli.names import plan_destination
 from flux_nf4.cli.options import argument, option, shortened
-from flux_nf4.cli.paths import path_of
+from flux_nf4.cli.paths import model_path
 from flux_nf4.cli.progress import make_progress
 from flux_nf4.cli.prompts import read_prompts
 from flux_nf4.cli.repeat import note_differences, read_record
@@ -25,7 +25,7 @@ from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.cli.words import load_words
 from flux_nf4.errors import InputError
 from flux_nf4.memory.amounts import parse_limit
-from flux_nf4.pipeline.limits import MIN_SIZE, check_size, size_like
+from flux_nf4.pipeline.limits import MIN_SIZE, check_size, default_steps, size_like
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from flux_nf4.pipeline.generate import GenerationRequest
     from flux_nf4.pipeline.load import Model
 
-_DEMO = "demo"
-_SCHNELL_STEPS = 4  # what it was distilled for
-_DEFAULT_STEPS = 20
 _OWN_SIZE = 1024  # FLUX.1-dev's, until the model is known
 _NUM_PREVIEWS = 8  # in the course of an image
 _DEMO_NOTE = "built-in demo model; for FLUX.1-dev: `-m flux1-dev-bnb-nf4-v2.safetensors`"
@@ -94,8 +91,9 @@ class Size:
 def run(options: GenerateOptions) -> int:
     """Draw every image of every prompt; each is saved as soon as it is done."""
     prompts = read_prompts(options.prompt, options.prompt_file)
-    size = requested_size(options)
+    size = requested_size(options.size, options.width, options.height)
     source = read_source(options)
+    path = model_path(options.model)
     vram, ram = parse_limit(options.vram, "--vram"), parse_limit(options.ram, "--ram")
     destination = plan_destination(options.output, len(prompts) * options.count)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
@@ -111,8 +109,6 @@ def run(options: GenerateOptions) -> int:
 
     with make_progress(quiet=options.quiet) as progress:
         progress.stage("load")
-        is_demo = options.model in (None, _DEMO)
-        path = None if is_demo else path_of(str(options.model))
         model = load_model(
             path,
             LoadSettings(device=options.device, vram=vram, ram=ram, arithmetic=options.arithmetic),
@@ -138,15 +134,13 @@ def run(options: GenerateOptions) -> int:
     return 0
 
 
-def requested_size(options: Settings) -> Size:
+def requested_size(text: str | None, width: int | None = None, height: int | None = None) -> Size:
     """The size from `--size`, or from `--width` and `--height`.
 
     Raises:
         InputError: `--size` is not `WxH`, or FLUX draws no such size.
     """
-    size = Size(width=options.width, height=options.height)
-    if options.size is not None:
-        size = _parsed_size(options.size)
+    size = Size(width=width, height=height) if text is None else _parsed_size(text)
     width, height = (MIN_SIZE if side is None else side for side in (size.width, size.height))
     check_size(width, height)
     return size
@@ -164,7 +158,7 @@ def _parsed_size(text: str) -> Size:
 
 
 def _say_what_the_demo_knows(options: GenerateOptions, prompts: Sequence[str]) -> None:
-    if options.quiet or options.model not in (None, _DEMO):
+    if options.quiet or model_path(options.model) is not None:
         return
     if options.model is None:
         print_note(_DEMO_NOTE)
@@ -192,8 +186,7 @@ def _request(
             source.image.size, width=size.width, height=size.height, default_size=own
         )
 
-    is_schnell = model is not None and model.variant == "schnell"
-    steps = _SCHNELL_STEPS if is_schnell else _DEFAULT_STEPS
+    steps = default_steps("dev" if model is None else model.variant)
     return GenerationRequest(
         prompt=prompt,
         negative_prompt=options.negative,

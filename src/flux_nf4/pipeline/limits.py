@@ -14,6 +14,13 @@ MIN_SIZE, MAX_SIZE = 64, 4096  # pixels, each side
 MAX_STEPS = 1000  # the steps the model was trained with; finer ones do not exist for it
 MAX_SEED = 2**64 - 1
 DEFAULT_STRENGTH = 0.6  # Diffusers'
+_DEFAULT_STEPS = 20
+_SCHNELL_STEPS = 4  # what it was distilled for
+
+
+def default_steps(variant: str) -> int:
+    """The steps of an image for which no number of them is given."""
+    return _SCHNELL_STEPS if variant == "schnell" else _DEFAULT_STEPS
 
 
 def nearest_sizes(size: int) -> tuple[int, ...]:
