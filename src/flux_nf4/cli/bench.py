@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flux_nf4.cli.console import print_data, print_json, print_note, print_plain
+from flux_nf4.cli.findings import counted
 from flux_nf4.cli.generate import requested_size
 from flux_nf4.cli.options import option
 from flux_nf4.cli.paths import check_permission, model_path, path_of
 from flux_nf4.cli.progress import make_progress
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import DiskError, InputError
-from flux_nf4.memory.amounts import memory_text, parse_memory
+from flux_nf4.memory.amounts import memory_text, parse_limit
 from flux_nf4.pipeline.limits import default_steps
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _drawing(
     from flux_nf4.pipeline.threads import suited_num_threads
 
     progress.stage("load")
-    vram = None if options.vram is None else parse_memory(options.vram, "--vram")
+    vram = parse_limit(options.vram, "--vram")
     began_s = time.perf_counter()
     model = assemble_model(
         checkpoint,
@@ -295,7 +296,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
     batch = f", {settings['batch']} at once" if settings["batch"] > 1 else ""
     title = (
         f"{ours['model']['name']} {ours['model']['quantization']}: {settings['width']} x "
-        f"{settings['height']}, {settings['steps']} steps{batch}"
+        f"{settings['height']}, {counted(settings['steps'], 'step')}{batch}"
     )
     head = ("", "a step", "p20", "p80", "", "memory")
     rows = [head, *(_row(record, ours["step"]["median"]) for record in records)]

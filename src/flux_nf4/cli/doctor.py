@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_nf4.cli.console import print_data, print_json, printable, styled
-from flux_nf4.cli.findings import Finding, Severity
+from flux_nf4.cli.findings import Finding, Severity, counted
 from flux_nf4.cli.options import argument
 from flux_nf4.cli.paths import model_path
 from flux_nf4.cli.settings import Settings, read_options
@@ -50,8 +50,7 @@ def run(options: DoctorOptions) -> int:
         shown = [dataclasses.asdict(finding) for finding in findings]
         print_json({"problems": num_problems, "findings": shown}, indent=2)
     else:
-        plural = "" if num_problems == 1 else "s"
-        verdict = f"{num_problems} problem{plural}" if num_problems else "no problems"
+        verdict = counted(num_problems, "problem") if num_problems else "no problems"
         print_data(f"\n{styled(verdict, _STYLES['problem' if num_problems else 'ok'])}")
     return 1 if num_problems else 0
 

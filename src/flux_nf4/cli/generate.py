@@ -53,7 +53,7 @@ class GenerateOptions(Settings):
     from_image: str | None = option(
         "--from",
         metavar="IMAGE",
-        help="what made this image, but for the options given",
+        help="repeat this image by its settings; options given win",
         group="What to draw",
     )
     image: str | None = option(
@@ -65,7 +65,7 @@ class GenerateOptions(Settings):
     mask: str | None = option(
         "--mask",
         metavar="FILE",
-        help="its white is drawn anew; the rest of the image stays",
+        help="draw only its white part anew; the rest stays",
         group="What to draw",
     )
     strength: float | None = option(
@@ -73,7 +73,7 @@ class GenerateOptions(Settings):
         metavar="X",
         minimum=0.01,
         maximum=1,
-        help="share of the steps that is run on the image [0.6]",
+        help="how much to change it, 0.01 to 1 [0.6]",
         group="What to draw",
     )
     json: bool = json_option()
@@ -102,13 +102,14 @@ def run(options: GenerateOptions) -> int:
     _say_what_the_demo_knows(options, prompts)
     origin = read_record(options.from_image) if options.from_image else None
 
-    import torch
-
-    from flux_nf4.pipeline.load import LoadSettings, load_model
-    from flux_nf4.pipeline.threads import suited_num_threads
-
     with make_progress(quiet=options.quiet) as progress:
-        progress.stage("load")
+        progress.stage("load")  # of which importing PyTorch is the longer half
+
+        import torch
+
+        from flux_nf4.pipeline.load import LoadSettings, load_model
+        from flux_nf4.pipeline.threads import suited_num_threads
+
         model = load_model(
             path,
             LoadSettings(device=options.device, vram=vram, ram=ram, arithmetic=options.arithmetic),
@@ -162,10 +163,8 @@ def _say_what_the_demo_knows(options: GenerateOptions, prompts: Sequence[str]) -
         return
     if options.model is None:
         print_note(_DEMO_NOTE)
-    words = load_words()
-    for prompt in prompts:
-        if not words.things_in(prompt):
-            print_note(f"`{shortened(prompt)}` {_UNKNOWN_NOTE}")
+    for prompt in load_words().unknown(prompts):
+        print_note(f"`{shortened(prompt)}` {_UNKNOWN_NOTE}")
 
 
 def _request(

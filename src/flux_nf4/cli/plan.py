@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux_nf4.cli.console import print_data, print_json, printable
+from flux_nf4.cli.findings import counted
 from flux_nf4.cli.generate import requested_size
 from flux_nf4.cli.options import option
 from flux_nf4.cli.paths import path_of
@@ -187,8 +188,8 @@ def _free_bytes() -> int:
 
 
 def _workload_text(workload: Workload) -> str:
-    images = "1 image" if workload.num_images == 1 else f"{workload.num_images} images"
-    return f"{workload.width} x {workload.height}, {workload.num_steps} steps, {images}"
+    steps, images = counted(workload.num_steps, "step"), counted(workload.num_images, "image")
+    return f"{workload.width} x {workload.height}, {steps}, {images}"
 
 
 def _overview(outcomes: Sequence[_Outcome], machine: Machine) -> list[str]:

@@ -29,13 +29,13 @@ class ModelSettings:
     vram: str | None = setting(
         "--vram",
         metavar="SIZE",
-        help="of the card's memory: 6GB, ... [what is free]",
+        help="device memory to stay within: 6GB, ... [what is free]",
         group="Model",
     )
     ram: str | None = setting(
         "--ram",
         metavar="SIZE",
-        help="of main memory, for weights [what is free, less 2 GiB]",
+        help="main memory for weights [what is free, less 2 GiB]",
         group="Model",
     )
     arithmetic: Literal["auto", "bf16", "fp8", "int8"] = setting(
@@ -54,7 +54,7 @@ class ServerSettings(ModelSettings):
     served_model_name: str | None = setting(
         "--served-model-name",
         metavar="A,B",
-        help="what clients call it [its own name]",
+        help="what clients call it: any of these [its own name]",
         group="Model",
     )
     strict_model: bool = setting(
@@ -66,7 +66,7 @@ class ServerSettings(ModelSettings):
     lock_memory: bool = setting(
         "--lock-memory",
         default=False,
-        help="the page may not change `--vram`",
+        help="forbid the page to change `--vram`",
         group="Model",
     )
     no_warm_up: bool = setting(
@@ -79,7 +79,7 @@ class ServerSettings(ModelSettings):
         "--host",
         metavar="ADDRESS",
         default="127.0.0.1",
-        help="`0.0.0.0`: all that reach this machine [127.0.0.1]",
+        help="where to listen; `0.0.0.0`: everywhere [127.0.0.1]",
         group="Address",
     )
     port: int = setting(
@@ -88,31 +88,31 @@ class ServerSettings(ModelSettings):
         default=8000,
         minimum=0,
         maximum=65_535,
-        help="0: any that is free [8000]",
+        help="port to listen on; 0: any that is free [8000]",
         group="Address",
     )
     api_key_file: str | None = setting(
         "--api-key-file",
         metavar="FILE",
-        help="one key a line; or FLUX_NF4_API_KEY [no key]",
+        help="keys, one a line; or FLUX_NF4_API_KEY [no key]",
         group="Address",
     )
     insecure: bool = setting(
         "--insecure",
         default=False,
-        help="serve others than this machine without a key",
+        help="let other machines in without a key",
         group="Address",
     )
     allowed_host: str | None = setting(
         "--allowed-host",
         metavar="A,B",
-        help="names under which it is reached [localhost]",
+        help="names under which clients reach it [localhost]",
         group="Address",
     )
     cors_origin: str | None = setting(
         "--cors-origin",
         metavar="A,B",
-        help="origins whose pages may use it [its own]",
+        help="other sites whose pages may use it [none]",
         group="Address",
     )
     max_queue: int = setting(
@@ -129,7 +129,7 @@ class ServerSettings(ModelSettings):
         metavar="N",
         minimum=1,
         maximum=1_000_000,
-        help="of one key's requests drawn at the same time",
+        help="requests of one key drawn at a time [no limit]",
         group="Limits",
     )
     max_pixels: int = setting(
@@ -137,7 +137,7 @@ class ServerSettings(ModelSettings):
         metavar="N",
         default=2048 * 2048,
         minimum=64 * 64,
-        help="of one image [4194304]",
+        help="largest image [4194304: 2048 x 2048]",
         group="Limits",
     )
     max_work: float = setting(
@@ -145,21 +145,21 @@ class ServerSettings(ModelSettings):
         metavar="X",
         default=1200.0,
         minimum=0.001,
-        help="of one request: images x megapixels x steps [1200]",
+        help="largest request: images x megapixels x steps [1200]",
         group="Limits",
     )
     rate: float | None = setting(
         "--rate",
         metavar="X",
         minimum=0.001,
-        help="requests of one key in a minute",
+        help="requests of one key in a minute [no limit]",
         group="Limits",
     )
     work_rate: float | None = setting(
         "--work-rate",
         metavar="X",
         minimum=0.001,
-        help="megapixels x steps of one key in a minute",
+        help="megapixels x steps of one key in a minute [no limit]",
         group="Limits",
     )
     queue_timeout: float | None = setting(
@@ -167,7 +167,7 @@ class ServerSettings(ModelSettings):
         metavar="S",
         minimum=0.01,
         maximum=86_400,
-        help="what waits for longer is given up",
+        help="give up requests that wait for longer [never]",
         group="Limits",
     )
     step_timeout: float | None = setting(
@@ -175,7 +175,7 @@ class ServerSettings(ModelSettings):
         metavar="S",
         minimum=0.01,
         maximum=86_400,
-        help="a worker silent for so long is replaced [120; CPU 600]",
+        help="replace a worker silent for so long [120; CPU 600]",
         group="Limits",
     )
     drain_timeout: float = setting(
@@ -184,14 +184,14 @@ class ServerSettings(ModelSettings):
         default=60.0,
         minimum=0,
         maximum=86_400,
-        help="to finish what waits when it is stopped [60]",
+        help="time to finish what waits when stopped [60]",
         group="Limits",
     )
     log_format: Literal["text", "json"] = setting(
         "--log-format",
         metavar="text|json",
         default="text",
-        help="of the lines on standard error [text]",
+        help="how log lines are written [text]",
         group="Output",
     )
     log_prompts: bool = setting(
@@ -203,7 +203,7 @@ class ServerSettings(ModelSettings):
     durable: str | None = setting(
         "--durable",
         metavar="FILE",
-        help="keep unfinished work here over a restart",
+        help="keep unfinished requests here over a restart",
         group="Limits",
     )
     sdapi_cfg: Literal["auto", "ignore", "true", "guidance"] = setting(
@@ -222,7 +222,7 @@ class ServerSettings(ModelSettings):
     ray_address: str | None = setting(
         "--ray-address",
         metavar="HOST:PORT",
-        help="its cluster, or `auto` [a new one, here]",
+        help="the cluster, or `auto` [a new one, here]",
         group="Cluster",
     )
     min_replicas: int = setting(
@@ -231,7 +231,7 @@ class ServerSettings(ModelSettings):
         default=1,
         minimum=1,
         maximum=10_000,
-        help="that are there without work too [1]",
+        help="replicas to keep without work, too [1]",
         group="Cluster",
     )
     max_replicas: int | None = setting(
@@ -239,6 +239,6 @@ class ServerSettings(ModelSettings):
         metavar="N",
         minimum=1,
         maximum=10_000,
-        help="when there is much [one a GPU]",
+        help="most replicas, when there is much work [one a GPU]",
         group="Cluster",
     )

@@ -10,6 +10,7 @@ silently skipped costs more than one that stops the run.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import os
 import sys
@@ -256,6 +257,7 @@ def _parsed(name: str, value: object, label: str) -> Any:
     return parse_value(known[name], value, label)
 
 
+@functools.cache
 def setting_parameters() -> dict[str, Parameter]:
     """Every setting by name: what the environment and the files may hold."""
     classes = (Settings, ServerSettings)
