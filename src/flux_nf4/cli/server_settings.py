@@ -51,6 +51,13 @@ class ModelSettings:
 class ServerSettings(ModelSettings):
     """How to serve: each field is a flag, a variable and a key."""
 
+    device: str = setting(
+        "--device",
+        metavar="NAME",
+        default="auto",
+        help="`cpu`, `cuda:1`, ..., or `all`: every GPU there is [auto]",
+        group="Model",
+    )
     served_model_name: str | None = setting(
         "--served-model-name",
         metavar="A,B",
