@@ -3,6 +3,8 @@ import re
 import subprocess
 import sys
 import tokenize
+from fnmatch import filter as filter_names
+from fnmatch import fnmatch
 
 import pytest
 from repository import ROOT, committed_files, named, package_modules, parsed
@@ -106,6 +108,24 @@ def test_both_readmes_show_the_same_pictures_and_links():
     )
 
     assert english == chinese
+
+
+def modules_on_the_map():
+    """The names of files in ARCHITECTURE.md; `sdapi*.py` stands for several."""
+    return set(re.findall(r"`(?:[\w/]+/)?([\w*]+\.py)`", text_of(ROOT / "ARCHITECTURE.md")))
+
+
+def test_every_module_is_on_the_map():
+    names = {path.name for path in package_modules()} - {"__init__.py", "__main__.py"}
+    shown = modules_on_the_map()
+
+    assert [name for name in sorted(names) if not any(fnmatch(name, each) for each in shown)] == []
+
+
+def test_every_module_on_the_map_exists():
+    names = [path.name for path in package_modules()]
+
+    assert [each for each in sorted(modules_on_the_map()) if not filter_names(names, each)] == []
 
 
 def shell_lines(path):

@@ -18,7 +18,8 @@ from flux_nf4.cli.findings import Finding, gib_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_SMALLEST_CARD = 6 * 2**30
+# What FLUX.1-dev needs at 1024 x 1024 (`flux-nf4 plan`), and from where on no step moves weights.
+_LEAST_MEMORY, _ENOUGH_MEMORY = 1_480 * 2**20, 6 * 2**30
 # The first compute capability whose tensor cores multiply in each format (CUDA's tables).
 _ARITHMETIC = {"int8": (7, 5), "bf16": (8, 0), "fp8": (8, 9), "fp4": (10, 0)}
 _INSTALL_CUDA = (
@@ -133,19 +134,26 @@ def card_finding(index: int, card: Card) -> Finding:
         f"GPU {index}: {card.name}, compute capability {major}.{minor}, {gib_text(card.free)} free "
         f"of {gib_text(card.total)}, {', '.join(offered) or 'no fast low-precision'} arithmetic"
     )
-    if card.total < 0.95 * _SMALLEST_CARD:  # cards sold as 6 GB show a little less
+    if card.total < _LEAST_MEMORY:
         return Finding(
             severity="warning",
             topic="gpu",
-            text=f"{text}: FLUX.1-dev needs a card of 6 GB",
+            text=f"{text}: FLUX.1-dev needs a card of 2 GB",
             remedy="use `--device cpu`, or the demo model",
         )
-    if card.free < 0.8 * min(card.total, _SMALLEST_CARD):
+    if card.free < 0.8 * min(card.total, _ENOUGH_MEMORY):
         return Finding(
             severity="warning",
             topic="gpu",
             text=f"{text}: other programs hold most of its memory",
             remedy="close them (`nvidia-smi` lists them), or choose another with `--device cuda:1`",
+        )
+    if card.total < 0.95 * _ENOUGH_MEMORY:  # cards sold as 6 GB show a little less
+        return Finding(
+            severity="note",
+            topic="gpu",
+            text=f"{text}: FLUX.1-dev fits, but its weights are moved in every step",
+            remedy="`flux-nf4 plan --vram auto` tells how fast that is",
         )
     if "bf16" not in offered:
         return Finding(

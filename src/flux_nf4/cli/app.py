@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -159,8 +160,9 @@ def _as_input_error(error: Exception, arguments: Sequence[str]) -> InputError:
         return InputError(message, hint='put a prompt of several words in quotes: "a red apple"')
     if any(verb.name == first for verb in VERBS):
         return InputError(message, hint=f"`flux-nf4 {first} --help` shows what there is")
-    if " " in first and not first.startswith("-"):
+    prompt = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    if " " in prompt and "Did you mean" not in message:
         return InputError(
-            message, hint=f"to draw it: `{shlex.join(['flux-nf4', 'generate', first])}`"
+            message, hint=f"to draw it: `{shlex.join(['flux-nf4', 'generate', prompt])}`"
         )
     return InputError(message, hint="`flux-nf4 --help` shows what there is")

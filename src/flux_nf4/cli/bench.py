@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flux_nf4.cli.console import print_data, print_json, print_note, print_plain
+from flux_nf4.cli.findings import counted
 from flux_nf4.cli.generate import requested_size
 from flux_nf4.cli.options import option
-from flux_nf4.cli.paths import path_of
+from flux_nf4.cli.paths import check_permission, model_path, path_of
 from flux_nf4.cli.progress import make_progress
-from flux_nf4.cli.settings import Settings
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import DiskError, InputError
-from flux_nf4.memory.amounts import memory_text, parse_memory
+from flux_nf4.memory.amounts import memory_text, parse_limit
+from flux_nf4.pipeline.limits import default_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from flux_nf4.cli.generate import Size
     from flux_nf4.cli.progress import Progress
     from flux_nf4.formats.checkpoint import Checkpoint
     from flux_nf4.pipeline.events import Event
     from flux_nf4.pipeline.load import Model
 
-_SCHNELL_STEPS, _DEFAULT_STEPS = 4, 20
 _STAGES = ("prepare", "text", "modulation", "denoise", "decode", "png")
 
 
@@ -127,10 +128,10 @@ def run(options: BenchOptions) -> int:
             "`--compare` runs Diffusers, which is not installed",
             hint="install it with `pip install 'flux-nf4[compare]'`",
         )
-    size = requested_size(Settings(size=options.size))
+    size = requested_size(options.size)
     output = _output(options.output)
     records = []
-    for record in _measured(options, (size.width, size.height)):
+    for record in _measured(options, size):
         records.append(record)
         if output is not None:
             from flux_nf4.cli.bench_record import append_record
@@ -151,12 +152,11 @@ def _output(name: str | None) -> Path | None:
         raise DiskError(f"there is no folder `{path.parent}`", hint="make it, or write elsewhere")
     if path.is_dir():
         raise DiskError(f"`{path}` is a folder", hint="name a file in it")
+    check_permission(path if path.exists() else path.parent, hint="write elsewhere")
     return path
 
 
-def _measured(
-    options: BenchOptions, asked: tuple[int | None, int | None]
-) -> Iterator[dict[str, Any]]:
+def _measured(options: BenchOptions, asked: Size) -> Iterator[dict[str, Any]]:
     """A record of ours, then one of each peer; the model is let go of in between."""
     from flux_nf4.cli.bench_record import environment
 
@@ -177,14 +177,13 @@ def _checkpoint(options: BenchOptions) -> Checkpoint:
 
     if options.random is not None:
         return random_checkpoint(options.random)
-    is_demo = options.model in (None, "demo")
-    return open_checkpoint(demo_path() if is_demo else path_of(str(options.model)))
+    return open_checkpoint(model_path(options.model) or demo_path())
 
 
 def _drawing(
     options: BenchOptions,
     checkpoint: Checkpoint,
-    asked: tuple[int | None, int | None],
+    asked: Size,
     progress: Progress,
 ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """What all records share, the device, and our own record."""
@@ -196,7 +195,7 @@ def _drawing(
     from flux_nf4.pipeline.threads import suited_num_threads
 
     progress.stage("load")
-    vram = None if options.vram is None else parse_memory(options.vram, "--vram")
+    vram = parse_limit(options.vram, "--vram")
     began_s = time.perf_counter()
     model = assemble_model(
         checkpoint,
@@ -209,8 +208,8 @@ def _drawing(
     )
     load_s = time.perf_counter() - began_s
     own = model.facts.default_size
-    width, height = asked[0] or own, asked[1] or own
-    steps = options.steps or (_SCHNELL_STEPS if model.variant == "schnell" else _DEFAULT_STEPS)
+    width, height = asked.width or own, asked.height or own
+    steps = options.steps or default_steps(model.variant)
     threads = suited_num_threads(model, width, height, otherwise=torch.get_num_threads())
     torch.set_num_threads(threads)
     for note in model.notes if not options.quiet else ():
@@ -310,7 +309,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> list[str]:
     batch = f", {settings['batch']} at once" if settings["batch"] > 1 else ""
     title = (
         f"{ours['model']['name']} {ours['model']['quantization']}: {settings['width']} x "
-        f"{settings['height']}, {settings['steps']} steps{batch}"
+        f"{settings['height']}, {counted(settings['steps'], 'step')}{batch}"
     )
     head = ("", "a step", "p20", "p80", "", "memory")
     rows = [head, *(_row(record, ours["step"]["median"]) for record in records)]

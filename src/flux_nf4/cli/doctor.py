@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_nf4.cli.console import print_data, print_json, printable, styled
-from flux_nf4.cli.findings import Finding, Severity
+from flux_nf4.cli.findings import Finding, Severity, counted
 from flux_nf4.cli.options import argument
-from flux_nf4.cli.paths import path_of
+from flux_nf4.cli.paths import model_path
 from flux_nf4.cli.settings import Settings, read_options
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import InputError
@@ -50,8 +50,7 @@ def run(options: DoctorOptions) -> int:
         shown = [dataclasses.asdict(finding) for finding in findings]
         print_json({"problems": num_problems, "findings": shown}, indent=2)
     else:
-        plural = "" if num_problems == 1 else "s"
-        verdict = f"{num_problems} problem{plural}" if num_problems else "no problems"
+        verdict = counted(num_problems, "problem") if num_problems else "no problems"
         print_data(f"\n{styled(verdict, _STYLES['problem' if num_problems else 'ok'])}")
     return 1 if num_problems else 0
 
@@ -71,8 +70,7 @@ def _examine(model: str | None) -> Iterator[Finding]:
     yield from _examine_torch()
     from flux_nf4.cli.model_checks import model_findings
 
-    name = model or settings.model
-    yield from model_findings(None if name in (None, "demo") else path_of(str(name)))
+    yield from model_findings(model_path(model or settings.model))
 
 
 def _read_settings() -> tuple[Settings, list[Finding]]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flux_nf4.cli.console import print_data, print_json, print_note, print_plain
+from flux_nf4.cli.findings import counted
 from flux_nf4.cli.names import Destination, make_folder, slug, store
 from flux_nf4.cli.progress import Progress, duration
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     from flux_nf4.pipeline.events import ImageDone, StepDone
     from flux_nf4.pipeline.generate import GenerationRequest
@@ -81,7 +81,7 @@ class Drawing:
             print_data(str(path))
         if not self.is_quiet:
             size = f"{event.image.width}x{event.image.height}"
-            steps = f"{request.num_steps} steps"
+            steps = counted(request.num_steps, "step")
             print_plain(f"  seed {event.seed}, {size}, {steps}, {duration(seconds)}")
 
     def _path(self, prompt: str, seed: int, index: int) -> Path:
@@ -106,12 +106,7 @@ class _Preview:
     def __enter__(self) -> _Preview:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.remove()
 
     def show(self, event: StepDone, target: Path) -> None:

@@ -26,6 +26,11 @@ def num_bytes_text(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
+def counted(number: int, noun: str) -> str:
+    """How many of them there are: `1 step`, `1,004 steps`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def gib_text(num_bytes: float) -> str:
     """Bytes of memory in powers of two, as memory is sold: `23.4 GiB`."""
     return f"{num_bytes / 2**30:.1f} GiB"

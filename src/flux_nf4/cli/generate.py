@@ -15,7 +15,7 @@ from flux_nf4.cli.console import print_note
 from flux_nf4.cli.drawing import Drawing
 from flux_nf4.cli.names import plan_destination
 from flux_nf4.cli.options import argument, option, shortened
-from flux_nf4.cli.paths import path_of
+from flux_nf4.cli.paths import model_path
 from flux_nf4.cli.progress import make_progress
 from flux_nf4.cli.prompts import read_prompts
 from flux_nf4.cli.repeat import note_differences, read_record
@@ -25,7 +25,7 @@ from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.cli.words import load_words
 from flux_nf4.errors import InputError
 from flux_nf4.memory.amounts import parse_limit
-from flux_nf4.pipeline.limits import MIN_SIZE, check_size, size_like
+from flux_nf4.pipeline.limits import MIN_SIZE, check_size, default_steps, size_like
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from flux_nf4.pipeline.generate import GenerationRequest
     from flux_nf4.pipeline.load import Model
 
-_DEMO = "demo"
-_SCHNELL_STEPS = 4  # what it was distilled for
-_DEFAULT_STEPS = 20
 _OWN_SIZE = 1024  # FLUX.1-dev's, until the model is known
 _NUM_PREVIEWS = 8  # in the course of an image
 _DEMO_NOTE = "built-in demo model; for FLUX.1-dev: `-m flux1-dev-bnb-nf4-v2.safetensors`"
@@ -56,7 +53,7 @@ class GenerateOptions(Settings):
     from_image: str | None = option(
         "--from",
         metavar="IMAGE",
-        help="what made this image, but for the options given",
+        help="repeat this image by its settings; options given win",
         group="What to draw",
     )
     image: str | None = option(
@@ -68,7 +65,7 @@ class GenerateOptions(Settings):
     mask: str | None = option(
         "--mask",
         metavar="FILE",
-        help="its white is drawn anew; the rest of the image stays",
+        help="draw only its white part anew; the rest stays",
         group="What to draw",
     )
     strength: float | None = option(
@@ -76,7 +73,7 @@ class GenerateOptions(Settings):
         metavar="X",
         minimum=0.01,
         maximum=1,
-        help="share of the steps that is run on the image [0.6]",
+        help="how much to change it, 0.01 to 1 [0.6]",
         group="What to draw",
     )
     json: bool = json_option()
@@ -94,8 +91,9 @@ class Size:
 def run(options: GenerateOptions) -> int:
     """Draw every image of every prompt; each is saved as soon as it is done."""
     prompts = read_prompts(options.prompt, options.prompt_file)
-    size = requested_size(options)
+    size = requested_size(options.size, options.width, options.height)
     source = read_source(options)
+    path = model_path(options.model)
     vram, ram = parse_limit(options.vram, "--vram"), parse_limit(options.ram, "--ram")
     destination = plan_destination(options.output, len(prompts) * options.count)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
@@ -104,15 +102,14 @@ def run(options: GenerateOptions) -> int:
     _say_what_the_demo_knows(options, prompts)
     origin = read_record(options.from_image) if options.from_image else None
 
-    import torch
-
-    from flux_nf4.pipeline.load import LoadSettings, load_model
-    from flux_nf4.pipeline.threads import suited_num_threads
-
     with make_progress(quiet=options.quiet) as progress:
-        progress.stage("load")
-        is_demo = options.model in (None, _DEMO)
-        path = None if is_demo else path_of(str(options.model))
+        progress.stage("load")  # of which importing PyTorch is the longer half
+
+        import torch
+
+        from flux_nf4.pipeline.load import LoadSettings, load_model
+        from flux_nf4.pipeline.threads import suited_num_threads
+
         model = load_model(
             path,
             LoadSettings(
@@ -144,15 +141,13 @@ def run(options: GenerateOptions) -> int:
     return 0
 
 
-def requested_size(options: Settings) -> Size:
+def requested_size(text: str | None, width: int | None = None, height: int | None = None) -> Size:
     """The size from `--size`, or from `--width` and `--height`.
 
     Raises:
         InputError: `--size` is not `WxH`, or FLUX draws no such size.
     """
-    size = Size(width=options.width, height=options.height)
-    if options.size is not None:
-        size = _parsed_size(options.size)
+    size = Size(width=width, height=height) if text is None else _parsed_size(text)
     width, height = (MIN_SIZE if side is None else side for side in (size.width, size.height))
     check_size(width, height)
     return size
@@ -170,14 +165,12 @@ def _parsed_size(text: str) -> Size:
 
 
 def _say_what_the_demo_knows(options: GenerateOptions, prompts: Sequence[str]) -> None:
-    if options.quiet or options.model not in (None, _DEMO):
+    if options.quiet or model_path(options.model) is not None:
         return
     if options.model is None:
         print_note(_DEMO_NOTE)
-    words = load_words()
-    for prompt in prompts:
-        if not words.things_in(prompt):
-            print_note(f"`{shortened(prompt)}` {_UNKNOWN_NOTE}")
+    for prompt in load_words().unknown(prompts):
+        print_note(f"`{shortened(prompt)}` {_UNKNOWN_NOTE}")
 
 
 def _request(
@@ -198,8 +191,7 @@ def _request(
             source.image.size, width=size.width, height=size.height, default_size=own
         )
 
-    is_schnell = model is not None and model.variant == "schnell"
-    steps = _SCHNELL_STEPS if is_schnell else _DEFAULT_STEPS
+    steps = default_steps("dev" if model is None else model.variant)
     return GenerationRequest(
         prompt=prompt,
         negative_prompt=options.negative,

@@ -29,17 +29,16 @@ _TOP_NOTE = (
 )
 _GROUPS = (
     "Arguments",
+    "Options",
     "Parts",
     "What to draw",
     "How to draw it",
     "Model",
     "Quantisation",
     "Address",
-    "Access",
     "Limits",
     "Cluster",
     "Output",
-    "Options",
 )
 
 

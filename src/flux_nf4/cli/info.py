@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _IMAGE_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 _COLUMN = 14
+_DEMO_NAME = "flux-demo"  # what the built-in demo model calls itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +180,7 @@ def _command(path: Path, record: ImageRecord) -> str:
     words = ["flux-nf4", "generate", "--from", str(path)]
     if settings and settings.strength is not None:
         words += ["--image", "PATH/TO/IMAGE"]
-    return shlex.join([*words, "-m", "demo" if "demo" in model else f"PATH/TO/{model}"])
+    return shlex.join([*words, "-m", "demo" if model == _DEMO_NAME else f"PATH/TO/{model}"])
 
 
 VERB = Verb(

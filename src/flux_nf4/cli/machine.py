@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flux_nf4.cli.findings import Finding, gib_text, num_bytes_text
+from flux_nf4.cli.findings import Finding, counted, gib_text, num_bytes_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -38,8 +38,7 @@ def python_findings() -> Iterator[Finding]:
 
 def processor_finding(capabilities: Mapping[str, bool]) -> Finding:
     """The processor; `capabilities` are those that PyTorch names."""
-    cores = _usable_cores()
-    text = f"CPU {processor_name()}, {cores} {'core' if cores == 1 else 'cores'} to use"
+    text = f"CPU {processor_name()}, {counted(_usable_cores(), 'core')} to use"
     if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
         return Finding(severity="ok", topic="cpu", text=f"{text}, with bf16 arithmetic")
     return Finding(

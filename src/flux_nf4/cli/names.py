@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flux_nf4.cli.paths import path_of
+from flux_nf4.cli.paths import check_permission, path_of
 from flux_nf4.errors import DiskError, InputError
 
 if TYPE_CHECKING:
@@ -184,9 +184,7 @@ def _check_fields(template: str) -> None:
 
 def _check_writable(folder: Path) -> None:
     nearest = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    hint = "choose another place with `-o`"
     if not nearest.is_dir():
-        raise DiskError(f"`{nearest}` is not a folder", hint="choose another place with `-o`")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise DiskError(
-            f"no permission to write to `{nearest}`", hint="choose another place with `-o`"
-        )
+        raise DiskError(f"`{nearest}` is not a folder", hint=hint)
+    check_permission(nearest, hint=hint)

@@ -8,6 +8,7 @@ the same way, so a number out of range reads the same wherever it was written.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -58,7 +59,7 @@ def option(
     maximum: float | None = None,
     setting: bool = False,
 ) -> Any:
-    """A dataclass field that is an option `names`; with `setting`, also a key of the settings."""
+    """A dataclass field that is an option `names`."""
     flag = Flag(
         names=names,
         help=help,
@@ -69,6 +70,10 @@ def option(
         setting=setting,
     )
     return dataclasses.field(default=default, metadata={_KEY: flag})
+
+
+# An option that FLUX_NF4_* variables and `flux-nf4.toml` may hold, too.
+setting = functools.partial(option, setting=True)
 
 
 def argument(metavar: str, *, help: str) -> Any:

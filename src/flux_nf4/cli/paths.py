@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-from flux_nf4.errors import InputError
+from flux_nf4.errors import DiskError, InputError
 
 _MOST_BYTES = 16 * 2**20
 
@@ -27,6 +28,25 @@ def path_of(text: str) -> Path:
             f"`{text}` begins with no home folder that is known here",
             hint="write it out, or put `./` before a name that begins with `~`",
         ) from error
+
+
+def model_path(text: str | None) -> Path | None:
+    """The checkpoint that `--model` names; None: the built-in demo model, which is the default.
+
+    Raises:
+        InputError: as `path_of`.
+    """
+    return None if text in (None, "demo") else path_of(str(text))
+
+
+def check_permission(path: Path, *, hint: str) -> None:
+    """Make sure that a file, or into a folder, may be written.
+
+    Raises:
+        DiskError: this user may not.
+    """
+    if not os.access(path, os.W_OK | os.X_OK if path.is_dir() else os.W_OK):
+        raise DiskError(f"no permission to write to `{path}`", hint=hint)
 
 
 def read_text(file_name: str) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux_nf4.cli.console import print_data, print_json, printable
+from flux_nf4.cli.findings import counted
 from flux_nf4.cli.generate import requested_size
 from flux_nf4.cli.options import option
 from flux_nf4.cli.paths import path_of
-from flux_nf4.cli.settings import Settings
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import DoesNotFitError, InputError
 from flux_nf4.memory.amounts import memory_text, parse_memory
@@ -26,11 +26,9 @@ if TYPE_CHECKING:
     from flux_nf4.memory.placement import Placement, Plan
 
 _OVERVIEW = ("2GB", "4GB", "6GB", "8GB", "12GB", "16GB", "24GB")
-_DEFAULT_STEPS = 20
-_SCHNELL_STEPS = 4
 # What a copy from pinned memory reaches: 80 % of the link's rate.
 _LINKS = {"PCIe 3.0 x16": 12_600, "PCIe 4.0 x8": 12_600, "PCIe 4.0 x16": 25_200}  # MB/s
-_DEMO = "flux-demo-nf4-v2.safetensors"
+_DEMO = "flux-demo-nf4-v2.safetensors"  # as in `pipeline.load`, which would import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,26 +121,25 @@ def _subject(options: PlanOptions) -> tuple[Inventory, Workload, list[str]]:
     from flux_nf4.formats.facts import FLUX_1_DEV
     from flux_nf4.memory.activations import Workload
     from flux_nf4.memory.checkpoint_inventory import flux_1_dev, read_inventory
-    from flux_nf4.pipeline.limits import check_size
+    from flux_nf4.pipeline.limits import check_size, default_steps
 
-    facts, notes, steps = FLUX_1_DEV, [], _DEFAULT_STEPS
+    facts, notes, variant = FLUX_1_DEV, [], "dev"
     if options.model is None:
         inventory = flux_1_dev()
     else:
         inventory, surveyed = read_inventory(_model_path(options.model))
-        facts = surveyed.facts
-        steps = _SCHNELL_STEPS if surveyed.variant == "schnell" else _DEFAULT_STEPS
+        facts, variant = surveyed.facts, surveyed.variant
         if surveyed.missing:
             lacking = ", ".join(surveyed.missing)
             notes.append(f"the checkpoint lacks {lacking}: planned with FLUX.1-dev's")
-    size = requested_size(Settings(size=options.size))
+    size = requested_size(options.size)
     width, height = size.width or facts.default_size, size.height or facts.default_size
     check_size(width, height)
     workload = Workload(
         width=width,
         height=height,
         num_images=options.batch,
-        num_steps=options.steps or steps,
+        num_steps=options.steps or default_steps(variant),
         num_text_tokens=facts.max_sequence_length,
     )
     return inventory, workload, notes
@@ -191,8 +188,8 @@ def _free_bytes() -> int:
 
 
 def _workload_text(workload: Workload) -> str:
-    images = "1 image" if workload.num_images == 1 else f"{workload.num_images} images"
-    return f"{workload.width} x {workload.height}, {workload.num_steps} steps, {images}"
+    steps, images = counted(workload.num_steps, "step"), counted(workload.num_images, "image")
+    return f"{workload.width} x {workload.height}, {steps}, {images}"
 
 
 def _overview(outcomes: Sequence[_Outcome], machine: Machine) -> list[str]:

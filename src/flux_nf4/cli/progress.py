@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from flux_nf4.cli.console import print_plain, stderr_console
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from flux_nf4.pipeline.events import Stage
 
 STAGE_NAMES: dict[Stage, str] = {
@@ -28,12 +26,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.pause()
 
     def plan(self, num_images: int, num_steps: int) -> None:

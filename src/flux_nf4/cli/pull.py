@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flux_nf4.cli.byte_progress import ByteProgress
 from flux_nf4.cli.console import print_data, print_json, print_note, print_plain, printable
-from flux_nf4.cli.findings import num_bytes_text
+from flux_nf4.cli.findings import counted, num_bytes_text
 from flux_nf4.cli.options import argument, option
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import InputError
@@ -77,7 +77,7 @@ def _announce(plan: PullPlan) -> None:
     source = plan.source
     if plan.is_offline:
         print_note("the Hub was not asked: this is what the cache holds")
-    num_files = f"{len(plan.files)} file{'s' if len(plan.files) > 1 else ''}"
+    num_files = counted(len(plan.files), "file")
     missing = num_bytes_text(plan.num_missing_bytes) if plan.num_missing_bytes else "nothing"
     print_plain(
         f"{source.repository}: {num_files}, {num_bytes_text(plan.num_bytes)}; {missing} to fetch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from flux_nf4.cli.byte_progress import ByteProgress
@@ -11,13 +12,13 @@ from flux_nf4.cli.console import print_data, print_json, print_note
 from flux_nf4.cli.convert import SourceOptions
 from flux_nf4.cli.findings import num_bytes_text
 from flux_nf4.cli.options import option
-from flux_nf4.cli.paths import path_of
+from flux_nf4.cli.paths import check_permission, path_of
 from flux_nf4.cli.progress import duration
 from flux_nf4.cli.verb import Verb, debug_option, json_option
 from flux_nf4.errors import InputError
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Iterable
 
     from flux_nf4.pipeline.quantization import Quantized, Stage
     from flux_nf4.pipeline.quantization_report import ErrorReport
@@ -97,16 +98,11 @@ class _ConsoleWatcher:
     def __enter__(self) -> _ConsoleWatcher:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.__exit__(kind, error, trace)
+    def __exit__(self, *_error: object) -> None:
+        self._progress.close()
 
     def begin(self, stage: Stage, num_bytes: int, num_tensors: int) -> None:
-        self._progress.__exit__(None, None, None)
+        self._progress.close()
         self._progress = ByteProgress(stage, num_bytes, num_tensors=num_tensors, quiet=self.quiet)
 
     def advance(self, num_bytes: int, num_tensors: int = 0) -> None:
@@ -123,7 +119,8 @@ def run(options: QuantizeOptions) -> int:
     from flux_nf4.pipeline.quantizer import QuantizationSettings
 
     started_s = time.monotonic()
-    report = _error_report(options)
+    destination = options.destination_path
+    report = _error_report(options, destination)
     settings = QuantizationSettings(
         format=options.format,
         layout=options.layout,
@@ -132,7 +129,6 @@ def run(options: QuantizeOptions) -> int:
         t5=options.t5_dtype,
         device=options.device,
     )
-    destination = options.destination_path
     with_notes = not (options.quiet or options.json)
     try:
         with _ConsoleWatcher(quiet=options.quiet, with_notes=with_notes) as watcher:
@@ -157,18 +153,32 @@ def run(options: QuantizeOptions) -> int:
     return 0
 
 
-def _error_report(options: QuantizeOptions) -> ErrorReport | None:
+def _error_report(options: QuantizeOptions, destination: Path) -> ErrorReport | None:
+    """An empty report, where one is asked for, once it is sure that it can be written."""
     if options.report is None and options.plot is None:
         return None
     from flux_nf4.pipeline.quantization_report import ErrorReport, check_plot_path
 
-    for path in (options.report, options.plot):
-        # Now: it is written when all else is done.
-        if path is not None and not path_of(path).absolute().parent.is_dir():
-            raise InputError(f"there is no folder for `{path}`", hint="make the folder first")
+    models = [destination, *map(Path, options.part_paths.values())]
+    if options.source_path is not None:
+        models.append(Path(options.source_path))
+    for name in (options.report, options.plot):
+        if name is not None:
+            _check_report_path(path_of(name), models)
     if options.plot is not None:
         check_plot_path(options.plot)
     return ErrorReport(scale=options.scale)
+
+
+def _check_report_path(path: Path, models: Iterable[Path]) -> None:
+    """Say now what would be said when all else is done."""
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder for `{path}`", hint="make the folder first")
+    if path.exists() and not path.is_file():
+        raise InputError(f"`{path}` is not a regular file", hint="give the name of a file to write")
+    if path.resolve() in {model.resolve() for model in models}:
+        raise InputError(f"`{path}` is the model itself", hint="give the report another name")
+    check_permission(path.parent, hint="write the report elsewhere")
 
 
 def _tell(

@@ -8,12 +8,11 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_nf4 import __version__
 from flux_nf4.cli.console import print_plain
-from flux_nf4.cli.paths import path_of, read_text
+from flux_nf4.cli.paths import model_path, path_of, read_text
 from flux_nf4.cli.server_settings import ServerSettings
 from flux_nf4.cli.signals import EXIT_CODES
 from flux_nf4.cli.verb import Verb, debug_option
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from flux_nf4.server.engine import Engine, EngineSettings
     from flux_nf4.server.settings import ServeSettings
 
-_DEMO = "demo"
 _log = logging.getLogger(__name__)
 _MIN_KEY_CHARACTERS = 16
 
@@ -122,7 +120,7 @@ def _where(settings: ServeSettings, engine: EngineSettings, port: int) -> Iterat
     # The address that stands for all of a machine's own cannot be opened in a browser.
     host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    yield f"flux-nf4 {__version__} serves `{engine.model or _DEMO}`"
+    yield f"flux-nf4 {__version__} serves `{engine.model or 'demo'}`"
     yield f"  page  {address}/"
     yield f"  APIs  {address}/v1 (OpenAI), {address}/sdapi (A1111); all of them: /docs"
     yield "  stop  Ctrl-C: finishes what was begun; twice: at once"
@@ -167,13 +165,13 @@ def _settings(options: ServeOptions) -> ServeSettings:
 def _engine_settings(options: ServeOptions) -> EngineSettings:
     from flux_nf4.server.engine import EngineSettings
 
-    model = None if options.model in (None, _DEMO) else str(path_of(options.model))
-    if model is not None and not Path(model).exists():
+    model = model_path(options.model)
+    if model is not None and not model.exists():
         raise ModelNotFoundError(
             f"there is no `{model}`", hint="`flux-nf4 pull` fetches a model; or leave `--model` out"
         )
     return EngineSettings(
-        model=model,
+        model=None if model is None else str(model),
         device=options.device,
         max_queue=options.max_queue,
         max_running_per_owner=options.max_per_key,

@@ -5,58 +5,52 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flux_nf4.cli.options import option
+from flux_nf4.cli.options import setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
     """Which model, and where it runs."""
 
-    model: str | None = option(
+    model: str | None = setting(
         "-m",
         "--model",
         metavar="PATH",
         help="checkpoint file or folder [`demo`, built in]",
         group="Model",
-        setting=True,
     )
-    device: str = option(
+    device: str = setting(
         "--device",
         metavar="NAME",
         default="auto",
         help="`cpu`, `cuda`, `cuda:1`, ... [auto]",
         group="Model",
-        setting=True,
     )
-    vram: str | None = option(
+    vram: str | None = setting(
         "--vram",
         metavar="SIZE",
-        help="of the card's memory: 6GB, ... [what is free]",
+        help="device memory to stay within: 6GB, ... [what is free]",
         group="Model",
-        setting=True,
     )
-    ram: str | None = option(
+    ram: str | None = setting(
         "--ram",
         metavar="SIZE",
-        help="of main memory, for weights [what is free, less 2 GiB]",
+        help="main memory for weights [what is free, less 2 GiB]",
         group="Model",
-        setting=True,
     )
-    arithmetic: Literal["auto", "bf16", "fp8", "int8"] = option(
+    arithmetic: Literal["auto", "bf16", "fp8", "int8"] = setting(
         "--arithmetic",
         metavar="NAME",
         default="bf16",
         help="`bf16` (exact), `fp8`, `int8`, or `auto` [bf16]",
         group="Model",
-        setting=True,
     )
-    attention: Literal["exact", "int8"] = option(
+    attention: Literal["exact", "int8"] = setting(
         "--attention",
         metavar="NAME",
         default="exact",
         help="`exact`, or `int8` with sageattention [exact]",
         group="Model",
-        setting=True,
     )
 
 
@@ -64,81 +58,78 @@ class ModelSettings:
 class ServerSettings(ModelSettings):
     """How to serve: each field is a flag, a variable and a key."""
 
-    served_model_name: str | None = option(
+    device: str = setting(
+        "--device",
+        metavar="NAME",
+        default="auto",
+        help="`cpu`, `cuda:1`, ..., or `all` GPUs at once [auto]",
+        group="Model",
+    )
+    served_model_name: str | None = setting(
         "--served-model-name",
         metavar="A,B",
-        help="what clients call it [its own name]",
+        help="what clients call it: any of these [its own name]",
         group="Model",
-        setting=True,
     )
-    strict_model: bool = option(
+    strict_model: bool = setting(
         "--strict-model",
         default=False,
         help="refuse requests that name another model",
         group="Model",
-        setting=True,
     )
-    lock_memory: bool = option(
+    lock_memory: bool = setting(
         "--lock-memory",
         default=False,
-        help="the page may not change `--vram`",
+        help="forbid the page to change `--vram`",
         group="Model",
-        setting=True,
     )
-    no_warm_up: bool = option(
+    no_warm_up: bool = setting(
         "--no-warm-up",
         default=False,
         help="ready sooner; on a GPU the first image is slower",
         group="Model",
-        setting=True,
     )
-    host: str = option(
+    host: str = setting(
         "--host",
         metavar="ADDRESS",
         default="127.0.0.1",
-        help="`0.0.0.0`: all that reach this machine [127.0.0.1]",
+        help="where to listen; `0.0.0.0`: everywhere [127.0.0.1]",
         group="Address",
-        setting=True,
     )
-    port: int = option(
+    port: int = setting(
         "--port",
         metavar="N",
         default=8000,
         minimum=0,
         maximum=65_535,
-        help="0: any that is free [8000]",
+        help="port to listen on; 0: any that is free [8000]",
         group="Address",
-        setting=True,
     )
-    api_key_file: str | None = option(
+    api_key_file: str | None = setting(
         "--api-key-file",
         metavar="FILE",
-        help="one key a line; or FLUX_NF4_API_KEY [no key]",
+        help="keys, one a line; or FLUX_NF4_API_KEY [no key]",
         group="Address",
-        setting=True,
     )
-    insecure: bool = option(
+    insecure: bool = setting(
         "--insecure",
         default=False,
-        help="serve others than this machine without a key",
+        help="let other machines in without a key",
         group="Address",
-        setting=True,
     )
-    allowed_host: str | None = option(
+    allowed_host: str | None = setting(
         "--allowed-host",
         metavar="A,B",
-        help="names under which it is reached [localhost]",
+        help="names under which clients reach it [localhost]",
         group="Address",
-        setting=True,
     )
-    cors_origin: str | None = option(
+    cors_origin: str | None = setting(
         "--cors-origin",
         metavar="A,B",
-        help="origins whose pages may use it [its own]",
+        help="other sites whose pages may use it [none]",
         group="Address",
-        setting=True,
     )
-    max_queue: int = option(
+    max_queue: int = setting(
         "--max-queue",
         metavar="N",
         default=32,
@@ -146,139 +137,122 @@ class ServerSettings(ModelSettings):
         maximum=1_000_000,
         help="requests that may wait [32]",
         group="Limits",
-        setting=True,
     )
-    max_per_key: int | None = option(
+    max_per_key: int | None = setting(
         "--max-per-key",
         metavar="N",
         minimum=1,
         maximum=1_000_000,
-        help="of one key's requests drawn at the same time",
+        help="requests of one key drawn at a time [no limit]",
         group="Limits",
-        setting=True,
     )
-    max_pixels: int = option(
+    max_pixels: int = setting(
         "--max-pixels",
         metavar="N",
         default=2048 * 2048,
         minimum=64 * 64,
-        help="of one image [4194304]",
+        help="largest image [4194304: 2048 x 2048]",
         group="Limits",
-        setting=True,
     )
-    max_work: float = option(
+    max_work: float = setting(
         "--max-work",
         metavar="X",
         default=1200.0,
         minimum=0.001,
-        help="of one request: images x megapixels x steps [1200]",
+        help="largest request: images x megapixels x steps [1200]",
         group="Limits",
-        setting=True,
     )
-    rate: float | None = option(
+    rate: float | None = setting(
         "--rate",
         metavar="X",
         minimum=0.001,
-        help="requests of one key in a minute",
+        help="requests of one key in a minute [no limit]",
         group="Limits",
-        setting=True,
     )
-    work_rate: float | None = option(
+    work_rate: float | None = setting(
         "--work-rate",
         metavar="X",
         minimum=0.001,
-        help="megapixels x steps of one key in a minute",
+        help="megapixels x steps of one key in a minute [no limit]",
         group="Limits",
-        setting=True,
     )
-    queue_timeout: float | None = option(
+    queue_timeout: float | None = setting(
         "--queue-timeout",
         metavar="S",
         minimum=0.01,
         maximum=86_400,
-        help="what waits for longer is given up",
+        help="give up requests that wait for longer [never]",
         group="Limits",
-        setting=True,
     )
-    step_timeout: float | None = option(
+    step_timeout: float | None = setting(
         "--step-timeout",
         metavar="S",
         minimum=0.01,
         maximum=86_400,
-        help="a worker silent for so long is replaced [120; CPU 600]",
+        help="replace a worker silent for so long [120; CPU 600]",
         group="Limits",
-        setting=True,
     )
-    drain_timeout: float = option(
+    drain_timeout: float = setting(
         "--drain-timeout",
         metavar="S",
         default=60.0,
         minimum=0,
         maximum=86_400,
-        help="to finish what waits when it is stopped [60]",
+        help="time to finish what waits when stopped [60]",
         group="Limits",
-        setting=True,
     )
-    log_format: Literal["text", "json"] = option(
+    log_format: Literal["text", "json"] = setting(
         "--log-format",
         metavar="text|json",
         default="text",
-        help="of the lines on standard error [text]",
+        help="how log lines are written [text]",
         group="Output",
-        setting=True,
     )
-    log_prompts: bool = option(
+    log_prompts: bool = setting(
         "--log-prompts",
         default=False,
         help="write prompts into the log",
         group="Output",
-        setting=True,
     )
-    durable: str | None = option(
+    durable: str | None = setting(
         "--durable",
         metavar="FILE",
-        help="keep unfinished work here over a restart",
+        help="keep unfinished requests here over a restart",
         group="Limits",
-        setting=True,
     )
-    sdapi_cfg: Literal["auto", "ignore", "true", "guidance"] = option(
+    sdapi_cfg: Literal["auto", "ignore", "true", "guidance"] = setting(
         "--sdapi-cfg",
         metavar="WORD",
         default="auto",
         help="A1111's `cfg_scale`: `ignore`, `true`, `guidance` [auto]",
         group="Limits",
-        setting=True,
     )
-    ray: bool = option(
+    ray: bool = setting(
         "--ray",
         default=False,
         help="draw on replicas of Ray Serve, on many hosts",
         group="Cluster",
-        setting=True,
     )
-    ray_address: str | None = option(
+    ray_address: str | None = setting(
         "--ray-address",
         metavar="HOST:PORT",
-        help="its cluster, or `auto` [a new one, here]",
+        help="the cluster, or `auto` [a new one, here]",
         group="Cluster",
-        setting=True,
     )
-    min_replicas: int = option(
+    min_replicas: int = setting(
         "--min-replicas",
         metavar="N",
         default=1,
         minimum=1,
         maximum=10_000,
-        help="that are there without work too [1]",
+        help="replicas to keep without work, too [1]",
         group="Cluster",
-        setting=True,
     )
-    max_replicas: int | None = option(
+    max_replicas: int | None = setting(
         "--max-replicas",
         metavar="N",
         minimum=1,
         maximum=10_000,
-        help="when there is much [one a GPU]",
+        help="most replicas, when there is much work [one a GPU]",
         group="Cluster",
-        setting=True,
     )

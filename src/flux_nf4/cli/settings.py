@@ -10,6 +10,7 @@ silently skipped costs more than one that stops the run.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import os
 import sys
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from flux_nf4.cli.options import Parameter, option, parameters, parse_value
+from flux_nf4.cli.options import Parameter, parameters, parse_value, setting
 from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.server_settings import ModelSettings, ServerSettings
 from flux_nf4.errors import InputError
@@ -42,7 +43,7 @@ Options = TypeVar("Options")
 class Settings(ModelSettings):
     """What stays the same from one run to the next: each field is a flag, a variable and a key."""
 
-    count: int = option(
+    count: int = setting(
         "-n",
         "--count",
         metavar="N",
@@ -51,59 +52,52 @@ class Settings(ModelSettings):
         maximum=10_000,
         help="images of each prompt, with seeds counting up [1]",
         group="What to draw",
-        setting=True,
     )
-    seed: int | None = option(
+    seed: int | None = setting(
         "--seed",
         metavar="N",
         minimum=0,
         maximum=2**64 - 1,
         help="first seed [random; always reported]",
         group="What to draw",
-        setting=True,
     )
-    negative: str = option(
+    negative: str = setting(
         "--negative",
         metavar="TEXT",
         default="",
         help="what to keep out; needs --true-cfg above 1",
         group="What to draw",
-        setting=True,
     )
-    size: str | None = option(
+    size: str | None = setting(
         "-s",
         "--size",
         metavar="WxH",
         help="in pixels, multiples of 16 [the model's own]",
         group="How to draw it",
-        setting=True,
     )
-    width: int | None = option(
+    width: int | None = setting(
         "--width",
         metavar="N",
         minimum=16,
         help="in place of --size",
         group="How to draw it",
-        setting=True,
     )
-    height: int | None = option(
+    height: int | None = setting(
         "--height",
         metavar="N",
         minimum=16,
         help="in place of --size",
         group="How to draw it",
-        setting=True,
     )
-    steps: int | None = option(
+    steps: int | None = setting(
         "--steps",
         metavar="N",
         minimum=1,
         maximum=1000,
         help="denoising steps [20; FLUX.1-schnell: 4]",
         group="How to draw it",
-        setting=True,
     )
-    guidance: float = option(
+    guidance: float = setting(
         "--guidance",
         metavar="X",
         default=3.5,
@@ -111,9 +105,8 @@ class Settings(ModelSettings):
         maximum=100,
         help="how closely to follow the prompt, at no cost [3.5]",
         group="How to draw it",
-        setting=True,
     )
-    true_cfg: float = option(
+    true_cfg: float = setting(
         "--true-cfg",
         metavar="X",
         default=1.0,
@@ -121,39 +114,34 @@ class Settings(ModelSettings):
         maximum=100,
         help="true guidance; above 1 takes twice the time [1]",
         group="How to draw it",
-        setting=True,
     )
-    schedule: Literal["flux", "forge"] = option(
+    schedule: Literal["flux", "forge"] = setting(
         "--schedule",
         metavar="flux|forge",
         default="flux",
         help="steps spaced by image size, or as Forge does [flux]",
         group="How to draw it",
-        setting=True,
     )
-    output: str | None = option(
+    output: str | None = setting(
         "-o",
         "--output",
         metavar="PATH",
         help="file.png, folder, or template with {prompt} {seed}\n"
         "{index} {date} {model} [outputs/{prompt}-{seed}.png]",
         group="Output",
-        setting=True,
     )
-    preview: bool = option(
+    preview: bool = setting(
         "--preview/--no-preview",
         default=False,
         help="keep a preview beside the output while it is drawn",
         group="Output",
-        setting=True,
     )
-    quiet: bool = option(
+    quiet: bool = setting(
         "-q",
         "--quiet",
         default=False,
         help="print nothing but results and errors",
         group="Output",
-        setting=True,
     )
 
 
@@ -269,6 +257,7 @@ def _parsed(name: str, value: object, label: str) -> Any:
     return parse_value(known[name], value, label)
 
 
+@functools.cache
 def setting_parameters() -> dict[str, Parameter]:
     """Every setting by name: what the environment and the files may hold."""
     classes = (Settings, ServerSettings)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flux_nf4.cli.byte_progress import ByteProgress
 from flux_nf4.cli.console import print_data, print_json, printable, styled
-from flux_nf4.cli.findings import num_bytes_text
+from flux_nf4.cli.findings import counted, num_bytes_text
 from flux_nf4.cli.options import argument, option
 from flux_nf4.cli.paths import path_of
 from flux_nf4.cli.verb import Verb, debug_option, json_option
@@ -96,7 +96,7 @@ def _print_lines(found: Verification) -> None:
         same = "is" if found.sha256 and not found.faults else "has the length of"
         print_data(f"it {same} the published {found.reference}")
     num_faults = len(found.faults)
-    verdict = "ok" if not num_faults else f"{num_faults:,} finding{'s' if num_faults > 1 else ''}"
+    verdict = counted(num_faults, "finding") if num_faults else "ok"
     parts = ", ".join(found.parts) or "nothing readable"
     print_data(
         f"{verdict}: {printable(str(found.path))}, {num_bytes_text(found.num_bytes)}, "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from flux_nf4.errors import FormatError, ModelNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 _LISTS = ("backgrounds", "tints", "places", "relations", "counts", "sizes")
 
@@ -31,26 +31,19 @@ class Words:
     counts: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
 
-    def things_in(self, prompt: str) -> tuple[str, ...]:
-        """The things that a prompt names, in its order: whole words, plurals too, longest first.
+    def unknown(self, prompts: Iterable[str]) -> list[str]:
+        """Those of `prompts` that name none of the things: whole words count, and plurals too."""
+        forms = {form for thing in self.things for form in self._forms(thing)}
+        longest = max(map(len, forms), default=0)
 
-        "a hot dog" names a hot dog and no dog.
-        """
-        names = {form: thing for thing in self.things for form in self._forms(thing)}
-        longest = max((len(form) for form in names), default=0)
-        words = _split(prompt)
-        found = []
-        start = 0
-        while start < len(words):
-            for length in range(min(longest, len(words) - start), 0, -1):
-                thing = names.get(words[start : start + length])
-                if thing is not None:
-                    found.append(thing)
-                    start += length
-                    break
-            else:
-                start += 1
-        return tuple(found)
+        def names_a_thing(words: tuple[str, ...]) -> bool:
+            return any(
+                words[start:end] in forms
+                for start in range(len(words))
+                for end in range(start + 1, start + longest + 1)
+            )
+
+        return [prompt for prompt in prompts if not names_a_thing(_split(prompt))]
 
     def matching(self, text: str) -> dict[str, tuple[str, ...]]:
         """The things that hold `text` in one of their names."""

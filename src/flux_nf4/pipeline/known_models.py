@@ -106,7 +106,8 @@ def _spelt_out(name: str) -> ModelSource:
     if not is_name or not all(_FILE_PART.fullmatch(part) and part.strip(".") for part in file):
         raise InputError(
             f"`{name[:80]}` is neither `OWNER/REPO` nor `OWNER/REPO/FILE`",
-            hint="a file that is here already needs no pull: `flux-nf4 info PATH`",
+            hint="of an address on the Hub, only what follows `huggingface.co/` is meant; a file "
+            "that is here already needs no pull: `flux-nf4 info PATH`",
         )
     licence = next((each.licence for each in KNOWN_MODELS if each.repository == repository), "")
     return ModelSource(

@@ -15,6 +15,13 @@ MAX_STEPS = 1000  # the steps the model was trained with; finer ones do not exis
 MAX_SEED = 2**64 - 1
 DEFAULT_STRENGTH = 0.6  # Diffusers'
 DEFAULT_DISTILLED_GUIDANCE = 3.5
+_DEFAULT_STEPS = 20
+_SCHNELL_STEPS = 4  # what it was distilled for
+
+
+def default_steps(variant: str) -> int:
+    """The steps of an image for which no number of them is given."""
+    return _SCHNELL_STEPS if variant == "schnell" else _DEFAULT_STEPS
 
 
 def nearest_sizes(size: int) -> tuple[int, ...]:

@@ -7,13 +7,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from flux_nf4.formats.headerfile import open_header
+from flux_nf4.pipeline.limits import default_steps
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from flux_nf4.pipeline.load import Model
 
-_SCHNELL_STEPS, _DEFAULT_STEPS = 4, 20
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -31,7 +31,7 @@ def capabilities(model: Model, *, is_demo: bool, memory: dict[str, Any] | None) 
         "dtype": str(model.dtype).removeprefix("torch."),
         "default_width": model.facts.default_size,
         "default_height": model.facts.default_size,
-        "default_steps": _SCHNELL_STEPS if model.variant == "schnell" else _DEFAULT_STEPS,
+        "default_steps": default_steps(model.variant),
         "embeds_guidance": model.embeds_guidance,
         "max_sequence_length": model.facts.max_sequence_length,
         "licence": model.facts.licence,

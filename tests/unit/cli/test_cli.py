@@ -89,6 +89,8 @@ def test_no_verb_prints_the_help_and_is_bad_usage(flux):
     [
         (("generat",), "`generat`", "`flux-nf4 --help`"),
         (("a red apple",), "`a red apple`", "`flux-nf4 generate 'a red apple'`"),
+        (("a", "red", "apple", "-n", "2"), "`a`", "`flux-nf4 generate 'a red apple'`"),
+        (("generat", "a red apple"), "`generate`", "`flux-nf4 --help`"),
         (("--bad",), "`--bad`", "`flux-nf4 --help`"),
         (("generate", "--stepz", "3"), "`--stepz`", "`flux-nf4 generate --help`"),
         (("generate", "a", "red", "apple"), "(red apple)", "in quotes"),

@@ -75,6 +75,14 @@ def test_a_folder_in_the_place_of_the_results_is_told_before_measuring(bench, tm
     assert ended.err.startswith(f"error: `{tmp_path}` is a folder")
 
 
+def test_a_locked_folder_for_the_results_is_told_before_measuring(bench, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    ended = bench("-o", "results.jsonl")
+
+    assert (ended.exit_code, ended.out) == (7, "")
+    assert ended.err.startswith("error: no permission to write to `.`")
+
+
 @pytest.mark.parametrize("verb", ["bench", "plan"])
 def test_no_size_is_drawn_by_an_empty_image(flux, verb):
     assert "a width of 0 pixels cannot be drawn" in flux(verb, "-s", "0").err

@@ -140,7 +140,10 @@ def test_a_card_tells_what_arithmetic_it_offers(capability, offered):
 
 @pytest.mark.parametrize(
     ("free", "total", "severity"),
-    [(3.5, 4, "warning"), (5.5, 5.8, "ok"), (5, 6, "ok"), (3, 24, "warning"), (6, 24, "ok")],
+    [
+        *((1.3, 1.4, "warning"), (3.5, 4, "note"), (5.5, 5.8, "ok"), (5, 6, "ok")),
+        *((1, 4, "warning"), (3, 24, "warning"), (6, 24, "ok")),
+    ],
 )
 def test_a_card_is_judged_by_its_memory(free, total, severity):
     card = Card(name="Card", capability=(8, 9), free=int(free * GIB), total=int(total * GIB))

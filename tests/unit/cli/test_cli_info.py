@@ -77,6 +77,13 @@ def test_what_only_the_name_tells_is_said_to_be_told_by_it(flux, checkpoint, fol
     assert f"by its name {told}" in done.out
 
 
+def test_a_model_that_is_only_called_like_the_demo_is_not_taken_for_it(flux, folder):
+    settings = dataclasses.replace(SETTINGS, model="demolition-dev")
+    save_image(folder / "a.png", Image.new("RGB", (64, 96)), settings)
+
+    assert flux("info", "a.png").out.endswith("--from a.png -m PATH/TO/demolition-dev\n")
+
+
 def test_parts_that_are_missing_are_named(flux, checkpoint, folder):
     from flux_nf4.formats.allinone import write_all_in_one
     from flux_nf4.formats.checkpoint import open_checkpoint

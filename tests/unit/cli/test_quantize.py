@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 
 import pytest
@@ -318,12 +319,32 @@ def test_the_report_has_every_layer_and_the_plot_is_drawn(flux, models, folder):
 
 @pytest.mark.parametrize(
     ("option", "name"),
-    [("--report", "no/report.json"), ("--plot", "no/a.svg"), ("--plot", "a.gif")],
+    [
+        *(("--report", "no/report.json"), ("--plot", "no/a.svg"), ("--plot", "a.gif")),
+        *(("--report", "."), ("--report", "new.safetensors")),
+    ],
 )
 def test_where_a_report_cannot_go_is_said_before_the_work(flux, models, folder, option, name):
     ended = flux("quantize", str(models / "all.safetensors"), "new.safetensors", option, name)
 
     assert (ended.exit_code, list(folder.iterdir())) == (2, [])
+
+
+def test_a_report_never_takes_the_place_of_its_source(flux, models, folder):
+    source = folder / "all.safetensors"
+    shutil.copy(models / "all.safetensors", source)
+    ended = flux("quantize", source.name, "new.safetensors", "--report", str(source))
+
+    assert (ended.exit_code, list(folder.iterdir())) == (2, [source])
+    assert source.read_bytes() == (models / "all.safetensors").read_bytes()
+
+
+def test_a_locked_folder_for_a_report_is_told_before_the_work(flux, models, folder, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    source = str(models / "all.safetensors")
+    ended = flux("quantize", source, "new.safetensors", "--report", "report.json")
+
+    assert (ended.exit_code, list(folder.iterdir())) == (7, [])
 
 
 def test_without_a_terminal_every_tenth_is_a_line(flux, models, folder, monkeypatch):
