@@ -29,6 +29,9 @@ class AutoencoderSizes:
     norm_num_groups: int = 16
 
 
+DRY_RUN_SIZES = AutoencoderSizes(widths=(16, 16, 16, 16))
+
+
 class GroupNorm(nn.GroupNorm):
     """Keeps its input's dtype also under autocast; the statistics are float32 inside."""
 

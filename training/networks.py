@@ -38,7 +38,7 @@ class Sizes:
     t5_vocabulary: int = 1536
     clip_width: int = 128
     clip_layers: int = 2
-    clip_vocabulary: int = 2071
+    clip_vocabulary: int = 2085
     clip_eos_token_id: int = 1
     text_length: int = 32
 
@@ -307,11 +307,6 @@ class Networks:
     def encode(self, t5_BT: Tensor, clip_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids -> what the transformer is conditioned on, (B, T, D) and (B, D)."""
         return self.t5(t5_BT), self.clip(clip_BT)
-
-    def copy_from(self, other: Networks) -> None:
-        """Take over all weights of another set."""
-        for mine, theirs in zip(self.modules(), other.modules(), strict=True):
-            mine.load_state_dict(theirs.state_dict())
 
 
 def make_networks(sizes: Sizes, device: torch.device, *, compiled: bool = False) -> Networks:
