@@ -3,36 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from tiny_pipeline import save_tiny_folder, their_pipeline, tiny_parts
+from pipelines import NEGATIVE, PROMPT, SETTINGS, assert_same, make_pipelines
 from tolerances import PIPELINE_FP32
 
-from flux_nf4.pipeline.compat import FluxPipeline
 from flux_nf4.pipeline.decode import decode_latents
 from flux_nf4.pipeline.generate import GenerationRequest, LatentsDone, generate_latents
 from flux_nf4.pipeline.sampling import draw_noise
 
-PROMPT = "A red apple, on the blue background"
-NEGATIVE = "two dogs in a photo"
-SETTINGS = {
-    "height": 96,
-    "width": 64,
-    "num_inference_steps": 6,
-    "max_sequence_length": 24,
-    "output_type": "np",
-}
-
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    parts = tiny_parts(seed=3)
-    folder = save_tiny_folder(tmp_path_factory.mktemp("tiny") / "model", models=parts)
-    ours = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32, device_map="cpu")
-    return ours, their_pipeline(parts)
-
-
-def assert_same(ours, theirs):
-    assert theirs.std() > 0.01, "an image without contrast proves nothing"
-    np.testing.assert_allclose(ours, theirs, atol=PIPELINE_FP32)
+    return make_pipelines(tmp_path_factory.mktemp("tiny") / "model")
 
 
 def test_the_same_seed_gives_the_same_image(pipelines):
