@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training import DATA, WORK
-from training.autoencoder import DRY_RUN_SIZES, LATENT_CHANNELS, Autoencoder, AutoencoderSizes
+from training.autoencoder import DRY_RUN_SIZES, LATENT_CHANNELS, SIZES, Autoencoder
 from training.checkpoint import (
     Journal,
     Progress,
@@ -92,7 +92,7 @@ class Training:
         self.objs = torch.from_numpy(scenes["objs"]).to(device)
         self.bg = torch.from_numpy(scenes["bg"]).to(device)
         self.composer = Composer(load_sprites(settings.sprites), device)
-        sizes = DRY_RUN_SIZES if settings.is_dry_run else AutoencoderSizes()
+        sizes = DRY_RUN_SIZES if settings.is_dry_run else SIZES
         self.model = Autoencoder(sizes).to(device, memory_format=torch.channels_last)
         self.optimizer = Optimizer(
             [], list(self.model.named_parameters()), adam_weight_decay=WEIGHT_DECAY
@@ -207,7 +207,7 @@ def finish(training: Training) -> None:
     journal.facts = {
         "vae_scaling_factor": 1 / latents.std().item(),
         "vae_shift_factor": latents.mean().item(),
-        "vae_norm_num_groups": AutoencoderSizes().norm_num_groups,
+        "vae_norm_num_groups": SIZES.norm_groups,
     }
     journal.results = {"psnr_mean": float(np.mean(psnr)), "psnr_min": min(psnr)}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
