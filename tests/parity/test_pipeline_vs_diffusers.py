@@ -16,19 +16,12 @@ def pipelines(tmp_path_factory):
     return make_pipelines(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def test_the_same_seed_gives_the_same_image(pipelines):
+@pytest.mark.parametrize("guidance", [3.5, 1.5])
+def test_the_same_seed_and_guidance_give_the_same_image(pipelines, guidance):
     ours, theirs = pipelines
     generator = torch.Generator().manual_seed(7)
-    expected = theirs(PROMPT, guidance_scale=3.5, generator=generator, **SETTINGS).images
-    image = ours(PROMPT, distilled_guidance_scale=3.5, seed=7, **SETTINGS).images
-    assert_same(image, expected)
-
-
-def test_distilled_guidance_moves_both_alike(pipelines):
-    ours, theirs = pipelines
-    generator = torch.Generator().manual_seed(7)
-    expected = theirs(PROMPT, guidance_scale=1.5, generator=generator, **SETTINGS).images
-    image = ours(PROMPT, distilled_guidance_scale=1.5, seed=7, **SETTINGS).images
+    expected = theirs(PROMPT, guidance_scale=guidance, generator=generator, **SETTINGS).images
+    image = ours(PROMPT, distilled_guidance_scale=guidance, seed=7, **SETTINGS).images
     assert_same(image, expected)
 
 
