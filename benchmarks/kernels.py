@@ -9,9 +9,9 @@ the limit, and at the end the best values. The constants stand at the head of
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -21,7 +21,6 @@ import torch
 from torch.nn.attention import sdpa_kernel
 from triton.testing import do_bench
 
-from flux_nf4.errors import FluxNF4Error
 from flux_nf4.model import attention, fused_kernels
 from flux_nf4.model.arithmetic import possible_arithmetic
 from flux_nf4.nf4 import eight_bit, triton_kernels
@@ -202,10 +201,15 @@ SWEEPS: dict[str, Callable[[list[eight_bit.Arithmetic]], Iterator[Point]]] = {
 CASE = ("kernel", "to", "nested", "shape", "values", "parts")
 
 
-def main(names: list[str]) -> None:
-    """Run the sweeps of these names, all of them without a name."""
+def main() -> None:
+    """Run the sweeps that are named, all of them without a name."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="KERNEL", help=", ".join(SWEEPS))
+    names = parser.parse_args().names
+    if unknown := set(names) - set(SWEEPS):
+        parser.error(f"no such kernel: {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
-        raise FluxNF4Error("there is no CUDA device to measure")
+        parser.error("there is no CUDA device to measure")
     bandwidth = copy_bandwidth()
     print(json.dumps({"device": torch.cuda.get_device_name(), "copy GB/s": bandwidth / 1e9}))
     best: dict[str, Point] = {}
@@ -226,4 +230,4 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        main(sys.argv[1:])
+        main()

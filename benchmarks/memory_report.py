@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from benchmarks.waterfall import Record, read
 from flux_nf4.pipeline.chart import (
     BLUE,
     GREEN,
@@ -32,8 +31,6 @@ _HEAD = (
     "whole device, GiB", "to the first step, s", "new prompt, s",
 )  # fmt: skip
 
-Record = Mapping[str, Any]
-
 
 def main() -> None:
     """Read the lines, write the two files."""
@@ -41,8 +38,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, default=Path())
     given = parser.parse_args()
-    lines = given.results.read_text(encoding="utf-8").splitlines()
-    ways = by_way([json.loads(line) for line in lines if line.strip()])
+    ways = by_way(read(given.results))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "memory.svg").write_text(chart(ways), encoding="utf-8")
     (given.out / "memory.md").write_text(tables(ways), encoding="utf-8")
@@ -119,7 +115,7 @@ def tables(ways: Mapping[str, Sequence[Record]]) -> str:
     for name, cases in ways.items():
         lines += [f"| {name}: {_HEAD[0]} | " + " | ".join(_HEAD[1:]) + " |"]
         lines += ["|" + "---|" * len(_HEAD)]
-        full = next((case["step_ms"] for case in cases if case["cap_gib"] is None), None)
+        full = next((case.get("step_ms") for case in cases if case["cap_gib"] is None), None)
         lines += [_row(case, full) for case in cases] + [""]
     return "\n".join(lines)
 

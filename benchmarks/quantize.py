@@ -15,17 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import bitsandbytes
 import torch
 from bitsandbytes.functional import quantize_4bit
 
+from flux_nf4.cli.bench_record import environment
 from flux_nf4.pipeline.quantizer import ParallelQuantizer, QuantizationSettings, one_thread_each
 
 if TYPE_CHECKING:
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "quantize.json"
 LAYERS = {"img_attn.proj": (3072, 3072), "linear2": (3072, 15360), "linear1": (21504, 3072)}
 NUM_TURNS = 11
@@ -90,27 +87,13 @@ def measure(quantizer: ParallelQuantizer, w_NK: Tensor) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Where and of what this was measured."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    found = environment("cpu")
     return {
-        "processor": model,
+        "processor": found["device"]["name"],
         "num_cores": NUM_CORES,
-        "torch": torch.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
-        "commit": commit,
+        "torch": found["versions"]["torch"],
+        "bitsandbytes": found["versions"]["bitsandbytes"],
+        "commit": found["commit"],
         "load_average": os.getloadavg()[0],
     }
 

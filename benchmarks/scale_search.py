@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import resource
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flux_nf4.cli.machine import processor_name
 from flux_nf4.formats.checkpoint import open_checkpoint
 from flux_nf4.nf4 import reference
 from flux_nf4.nf4.codec import NF4Weight, levels
@@ -153,14 +153,6 @@ def memory_of_largest_layer() -> dict[str, float]:
     return {"time_s": time_s, "result_bytes": weight.num_bytes, "grown_bytes": grown}
 
 
-def processor() -> str:
-    """The processor's name as Linux has it."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -168,7 +160,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {
-        "machine": f"{processor()}, one thread, torch {torch.__version__}",
+        "machine": f"{processor_name()}, one thread, torch {torch.__version__}",
         "largest_layer": memory_of_largest_layer(),
     }
     generator = torch.Generator().manual_seed(0)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flux_nf4.cli.machine import processor_name
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -105,9 +107,8 @@ def until(condition: Callable[[], object], timeout_s: float = READY_TIMEOUT_S) -
 
 def machine() -> dict[str, Any]:
     """What figures depend on."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
-        "cpu": cpu.group(1) if cpu else "unknown",
+        "cpu": processor_name(),
         "num_cores": len(os.sched_getaffinity(0)),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "load_average": [round(load, 1) for load in os.getloadavg()],

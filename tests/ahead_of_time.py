@@ -1,4 +1,8 @@
-"""Compile a Triton kernel for a GPU that is not there."""
+"""Triton's kernels without a GPU: compiled for one that is not there, or interpreted."""
+
+import os
+import subprocess
+import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -37,3 +41,16 @@ def compile_for(capability, kernel, signature, constants, **options):
     assert f".target sm_{capability}" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     return compiled
+
+
+def run_interpreted(script, *arguments):
+    """Run a script whose kernels Triton interprets: its exit code, and what it complains of."""
+    imports_from_here = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "1"} | imports_from_here,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stderr

@@ -19,6 +19,7 @@ from flux_nf4.nf4 import reference
 HIDDEN = 128
 T5_WIDTH = 64
 CLIP_WIDTH = 64
+PREFIX = "model.diffusion_model."  # of a transformer in an all-in-one file
 PART_FOLDERS = {
     "transformer": "transformer",
     "t5": "text_encoder_2",
@@ -72,7 +73,7 @@ def tiny_models(*, seed=0, guidance=True, in_channels=64, num_double_blocks=1, n
             hidden_size=CLIP_WIDTH,
             intermediate_size=128,
             num_hidden_layers=2,
-            num_attention_heads=2,
+            num_attention_heads=CLIP_WIDTH // 64,  # as in every FLUX.1
             projection_dim=CLIP_WIDTH,
             bos_token_id=0,
             eos_token_id=1,
@@ -210,10 +211,9 @@ def save_all_in_one_v1(path, *, facts=None, **sizes):
     from flux_nf4.formats.tensorfile import TensorFile
 
     file = TensorFile(v2)
-    prefix = "model.diffusion_model."
-    tensors = {n: file.tensor(n) for n in file.names if not n.startswith(prefix)}
+    tensors = {n: file.tensor(n) for n in file.names if not n.startswith(PREFIX)}
     source = canonical_entries(path.with_name(f"{v2.stem}-source"))["transformer"]
-    tensors.update(transformer_tensors(quantized(source, nested=True), prefix=prefix))
+    tensors.update(transformer_tensors(quantized(source, nested=True), prefix=PREFIX))
     save_file(tensors, path, metadata=facts.to_metadata() if facts else None)
     v2.unlink()
     return path
@@ -230,7 +230,7 @@ def transformer_tensors(entries, *, prefix=""):
     return tensors
 
 
-def save_transformer_only(path, entries, *, prefix="model.diffusion_model."):
+def save_transformer_only(path, entries, *, prefix=PREFIX):
     """A file with a transformer alone, under BFL's names."""
     save_file(transformer_tensors(entries, prefix=prefix), path)
     return Path(path)

@@ -1,5 +1,8 @@
 """Models on a fake device: what they are asked, what they draw, and the budgets to try."""
 
+import sys
+from pathlib import Path
+
 import torch
 from fake_device import Counting, FakeDevice
 
@@ -9,6 +12,16 @@ from flux_nf4.pipeline.generate import GenerationRequest, generate, workload_of
 from flux_nf4.pipeline.load import LoadSettings, load_model
 
 PLENTY = 2**40
+# The process of a worker whose model is on such a device.
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from fake_device import FakeDevice
+from flux_nf4.pipeline import load
+from flux_nf4.server import worker
+load.managed_device = lambda *_: FakeDevice()
+sys.exit(worker.main())
+"""
 
 
 def wish(prompt="a red cat", **values):
@@ -20,6 +33,11 @@ def wish(prompt="a red cat", **values):
         "seed": 3,
     } | values
     return GenerationRequest(prompt=prompt, **values)
+
+
+def worker_command(source=WORKER):
+    """What starts such a process."""
+    return [sys.executable, "-P", "-c", source, str(Path(__file__).parent)]
 
 
 def unmanaged(path):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from checkpoints import CLIP_WIDTH, save_diffusers_folder, tiny_models
+from checkpoints import save_diffusers_folder, tiny_models
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 WORDS = (
@@ -54,24 +54,8 @@ def tiny_clip_tokenizer():
 
 
 def tiny_parts(*, seed=0, **sizes):
-    """`tiny_models` in evaluation mode, with CLIP heads as wide as every FLUX.1's: 64."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    parts = tiny_models(seed=seed, **sizes)
-    parts["clip"] = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=96,
-            hidden_size=CLIP_WIDTH,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=CLIP_WIDTH // 64,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    )
-    # Modules made from a config are in training mode, and T5 would drop out.
-    return {kind: part.eval() for kind, part in parts.items()}
+    """`tiny_models` in evaluation mode: those made from a config train, and T5 would drop out."""
+    return {kind: part.eval() for kind, part in tiny_models(seed=seed, **sizes).items()}
 
 
 def save_tiny_folder(folder, **options):

@@ -1,5 +1,12 @@
 """Every tolerance of the tests, each with its reason. No test states a number of its own."""
 
+
+def relative_error(found, exact):
+    """Of a whole tensor, in the 2-norm."""
+    found, exact = found.double(), exact.double()
+    return float((found - exact).norm() / exact.norm())
+
+
 # Parity of the models (relative error in the 2-norm, against the other implementation).
 # float32 rounds at 6e-8; sums in another order over a few blocks of width 128 to 192 leave a few
 # times 1e-7. A wrong name, sign or order is off by 1e-1 and more.

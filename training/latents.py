@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 from flux_nf4.pipeline.sampling import pack
-from training.autoencoder import LATENT_CHANNELS, Autoencoder, AutoencoderSizes
+from training.autoencoder import DRY_RUN_SIZES, LATENT_CHANNELS, SIZES, Autoencoder
 from training.checkpoint import Journal, load_tensors
 from training.compose import Composer, load_sprites
 from training.dataset import load_scenes
@@ -56,9 +56,8 @@ class EncodingJob:
 
 def make_autoencoder(device: torch.device, *, is_dry_run: bool) -> Autoencoder:
     """The VAE as it is used, not trained: frozen, bfloat16 on CUDA."""
-    sizes = AutoencoderSizes(widths=(16, 16, 16, 16)) if is_dry_run else AutoencoderSizes()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    autoencoder = Autoencoder(sizes).to(device, dtype).eval()
+    autoencoder = Autoencoder(DRY_RUN_SIZES if is_dry_run else SIZES).to(device, dtype).eval()
     autoencoder.requires_grad_(requires_grad=False)
     return autoencoder.to(memory_format=torch.channels_last)
 

@@ -2,8 +2,8 @@
 
 `T5Encoder` and `ClipText` are equal to transformers' `T5EncoderModel` and `CLIPTextModel` (pooled
 output) and keep their parameter names; transformers' own modules compile badly and cannot be
-captured in a CUDA graph. The transformer is the package's own `FluxTransformer`: what is trained
-is what ships.
+captured in a CUDA graph. CLIP and the transformer are the package's own: what is trained is what
+ships.
 
 Shape letters, in this module only:
     B  batch    T  tokens    D  width    N  heads    K  channels of a head
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux_nf4.model.clip import ClipConfig
+from flux_nf4.model.clip import ClipText as ClipTokens
 from flux_nf4.model.conditioner import MLPEmbedder
 from flux_nf4.model.config import FluxConfig, axes_for_head
 from flux_nf4.model.transformer import FluxTransformer
@@ -38,7 +40,7 @@ class Sizes:
     t5_vocabulary: int = 1536
     clip_width: int = 128
     clip_layers: int = 2
-    clip_vocabulary: int = 2071
+    clip_vocabulary: int = 2085
     clip_eos_token_id: int = 1
     text_length: int = 32
 
@@ -198,98 +200,28 @@ class T5Encoder(nn.Module):
         return self.encoder.final_layer_norm(x_BTD)
 
 
-class ClipAttention(nn.Module):
-    """Causal self-attention under Hugging Face's names."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> same."""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (split_heads(layer(x_BTD), 64) for layer in layers)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
-
-
-class ClipMLP(nn.Module):
-    """Two layers around CLIP's quick GELU."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> same."""
-        inner = self.fc1(x_BTD)
-        return self.fc2(inner * torch.sigmoid(1.702 * inner))
-
-
-class ClipLayer(nn.Module):
-    """Attention, then MLP, both residual."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.self_attn = ClipAttention(width)
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = ClipMLP(width)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> same."""
-        x_BTD = x_BTD + self.self_attn(self.layer_norm1(x_BTD))
-        return x_BTD + self.mlp(self.layer_norm2(x_BTD))
-
-
-class ClipEmbeddings(nn.Module):
-    """Token and position embeddings."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.token_embedding = nn.Embedding(sizes.clip_vocabulary, sizes.clip_width)
-        self.position_embedding = nn.Embedding(77, sizes.clip_width)
-
-
-class ClipStack(nn.Module):
-    """What Hugging Face calls `encoder`."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(ClipLayer(sizes.clip_width) for _ in range(sizes.clip_layers))
-
-
-class ClipTextModel(nn.Module):
-    """What Hugging Face calls `text_model`."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.embeddings = ClipEmbeddings(sizes)
-        self.encoder = ClipStack(sizes)
-        self.final_layer_norm = nn.LayerNorm(sizes.clip_width)
-
-
-class ClipText(nn.Module):
+class ClipText(ClipTokens):
     """CLIP's text encoder, pooled at the first end token: ids (B, T) -> (B, D)."""
 
     def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.text_model = ClipTextModel(sizes)
+        super().__init__(
+            ClipConfig(
+                vocabulary_size=sizes.clip_vocabulary,
+                hidden_size=sizes.clip_width,
+                num_layers=sizes.clip_layers,
+                mlp_width=4 * sizes.clip_width,
+                max_length=77,
+            )
+        )
+        self.requires_grad_()  # the package's embeddings are frozen
         self.eos_token_id = sizes.clip_eos_token_id
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """(B, T) int64 -> (B, D)."""
-        model = self.text_model
-        positions_TD = model.embeddings.position_embedding.weight[: ids_BT.shape[1]]
-        x_BTD = model.embeddings.token_embedding(ids_BT) + positions_TD
-        for layer in model.encoder.layers:
-            x_BTD = layer(x_BTD)
+        x_BTD = super().forward(ids_BT)
         ends_B = (ids_BT == self.eos_token_id).int().argmax(1)
         rows_B = torch.arange(ids_BT.shape[0], device=ids_BT.device)
-        return model.final_layer_norm(x_BTD)[rows_B, ends_B]
+        return x_BTD[rows_B, ends_B]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -307,11 +239,6 @@ class Networks:
     def encode(self, t5_BT: Tensor, clip_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids -> what the transformer is conditioned on, (B, T, D) and (B, D)."""
         return self.t5(t5_BT), self.clip(clip_BT)
-
-    def copy_from(self, other: Networks) -> None:
-        """Take over all weights of another set."""
-        for mine, theirs in zip(self.modules(), other.modules(), strict=True):
-            mine.load_state_dict(theirs.state_dict())
 
 
 def make_networks(sizes: Sizes, device: torch.device, *, compiled: bool = False) -> Networks:

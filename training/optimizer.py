@@ -174,15 +174,8 @@ class Optimizer:
         """Make the average the weights."""
         torch._foreach_copy_([p.detach() for p in self.parameters], self.average)
 
-    @torch.no_grad()
-    def start_average(self) -> None:
-        """Make the weights the average."""
-        torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
 
-
-def as_graph(
-    step: Callable[[], None], optimizer: Optimizer, log: Log, *, enabled: bool = True
-) -> Callable[[], None]:
+def as_graph(step: Callable[[], None], optimizer: Optimizer, log: Log) -> Callable[[], None]:
     """Turn a whole training step into one CUDA graph; without CUDA the step itself comes back.
 
     The warm-up runs have learning rate 0 and an average that keeps all of itself, and momentum
@@ -190,7 +183,7 @@ def as_graph(
     No tensor of an earlier backward pass may be alive, or the capture fails.
     """
     optimizer.set(0.0, 1.0)
-    if not (enabled and torch.cuda.is_available()):
+    if not torch.cuda.is_available():
         step()
         optimizer.reset()
         return step

@@ -84,6 +84,11 @@ def torch_settings(*, cudnn_attention: bool = False) -> Iterator[None]:
         yield
 
 
+def default_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 arithmetic on float32 weights; a CPU stays in float32, which it is faster in."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")

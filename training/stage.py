@@ -1,4 +1,4 @@
-"""One stage of the transformer's training, from wherever it stopped to its end."""
+"""A training from wherever it stopped to its end, and the stages of the transformer's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from training.optimizer import as_graph
 from training.runtime import Log, StageClock, StopRequest, decay, ramp, slowest_kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from training.flow import Data, DistillationStep, FlowStep
@@ -55,6 +56,34 @@ class Run:
     steps_between_notes: int
     profiles: bool = False
 
+    def train(
+        self,
+        seconds: float,
+        step: Callable[[], None],
+        *,
+        set_rates: Callable[[], None],
+        save: Callable[[], None],
+        note: Callable[[], None],
+    ) -> bool:
+        """Go on until the stage's seconds are over (True) or a stop is asked for (False)."""
+        progress = self.journal.progress
+        clock, saved_at = StageClock(progress.seconds), progress.seconds
+        while True:
+            if progress.step % STEPS_BETWEEN_CHECKS == 0:
+                progress.seconds = clock.read()
+                is_done = progress.seconds >= seconds
+                is_over = is_done or bool(self.stop)
+                if is_over or progress.seconds - saved_at > self.save_every:
+                    saved_at = progress.seconds
+                    save()
+                if is_over:
+                    return is_done
+                set_rates()
+            step()
+            progress.step += 1
+            if progress.step % self.steps_between_notes == 0:
+                note()
+
 
 class Stage:
     """Trains `step` by `plan`; saves as it goes."""
@@ -85,22 +114,9 @@ class Stage:
         self._restore()
         torch.manual_seed(10_000 + self.progress.step)
         self.run.log(f"{self.plan.name}: from step {self.progress.step}")
-        clock, saved_at = StageClock(self.progress.seconds), self.progress.seconds
-        while True:
-            if self.progress.step % STEPS_BETWEEN_CHECKS == 0:
-                self.progress.seconds = clock.read()
-                is_done = self.progress.seconds >= self.plan.seconds
-                is_over = is_done or bool(self.run.stop)
-                if is_over or self.progress.seconds - saved_at > self.run.save_every:
-                    saved_at = self.progress.seconds
-                    self.save()
-                if is_over:
-                    return is_done
-                self._set_rates()
-            replay()
-            self.progress.step += 1
-            if self.progress.step % self.run.steps_between_notes == 0:
-                self._note()
+        return self.run.train(
+            self.plan.seconds, replay, set_rates=self._set_rates, save=self.save, note=self._note
+        )
 
     def save(self) -> None:
         """Write state, averages as they ship, and journal, in this order."""

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training import DATA, WORK
-from training.autoencoder import LATENT_CHANNELS, Autoencoder, AutoencoderSizes
+from training.autoencoder import DRY_RUN_SIZES, LATENT_CHANNELS, SIZES, Autoencoder
 from training.checkpoint import (
     Journal,
     Progress,
@@ -36,7 +36,16 @@ from training.checkpoint import (
 from training.compose import Composer, load_sprites, save_sheet
 from training.dataset import load_scenes
 from training.optimizer import Optimizer, as_graph
-from training.runtime import Log, StageClock, StopRequest, autocast, decay, ramp, torch_settings
+from training.runtime import (
+    Log,
+    StopRequest,
+    autocast,
+    decay,
+    default_device,
+    ramp,
+    torch_settings,
+)
+from training.stage import Run, weights_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +54,7 @@ KL_WEIGHT = 4e-4
 GRADIENT_WEIGHT, SQUARE_WEIGHT = 0.7, 0.5
 LEARNING_RATE, WARM_UP_STEPS = 1.5e-3, 200
 WEIGHT_DECAY = 1e-3
+STATE = "autoencoder.state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +85,14 @@ def scene_gradients(error_B3HW: Tensor) -> Tensor:
 class Training:
     """Model, data, optimiser and the step of the VAE."""
 
-    def __init__(self, settings: Settings, log: Log) -> None:
-        self.settings, self.log = settings, log
+    def __init__(self, settings: Settings, run: Run) -> None:
+        self.settings, self.run = settings, run
         self.device = device = settings.device
         scenes = load_scenes(settings.work / "scenes.npz")
         self.objs = torch.from_numpy(scenes["objs"]).to(device)
         self.bg = torch.from_numpy(scenes["bg"]).to(device)
         self.composer = Composer(load_sprites(settings.sprites), device)
-        sizes = AutoencoderSizes()
-        if settings.is_dry_run:
-            sizes = AutoencoderSizes(widths=(16, 16, 16, 16))
+        sizes = DRY_RUN_SIZES if settings.is_dry_run else SIZES
         self.model = Autoencoder(sizes).to(device, memory_format=torch.channels_last)
         self.optimizer = Optimizer(
             [], list(self.model.named_parameters()), adam_weight_decay=WEIGHT_DECAY
@@ -125,70 +133,60 @@ class Training:
             try:
                 self.step()
             except RuntimeError as error:
-                self.log(
+                self.run.log(
                     f"warning: the loss does not compile, going on without: {str(error)[:400]}"
                 )
                 self.loss = self._loss
                 for parameter in self.model.parameters():
                     parameter.grad = None
-        return as_graph(self.step, self.optimizer, self.log)
+        return as_graph(self.step, self.optimizer, self.run.log)
 
+    def train(self) -> bool:
+        """Train until the plan's seconds are over or a stop is asked for; True when it is done."""
+        step, state_path = self.prepare(), self.run.folder / STATE
+        self.run.log("ready")
+        if state_progress(state_path) is not None:
+            self.optimizer.load(load_tensors(state_path, self.device))
+        torch.manual_seed(1000 + self.run.journal.progress.step)
+        return self.run.train(
+            self.settings.seconds, step, set_rates=self._set_rates, save=self._save, note=self._note
+        )
 
-def train(training: Training, journal: Journal, stop: StopRequest) -> bool:
-    """Train until the plan's seconds are over or a stop is asked for; True when it is done."""
-    settings, optimizer, progress = training.settings, training.optimizer, journal.progress
-    state_path = settings.work / "state" / "autoencoder.state"
-    run = training.prepare()
-    training.log("ready")
-    if state_progress(state_path) is not None:
-        optimizer.load(load_tensors(state_path, settings.device))
-    torch.manual_seed(1000 + progress.step)
-    clock = StageClock(progress.seconds)
-    saved_at = progress.seconds
-    while True:
-        if progress.step % 10 == 0:
-            progress.seconds = clock.read()
-            is_done = progress.seconds >= settings.seconds
-            is_over = is_done or bool(stop)
-            if is_over or progress.seconds - saved_at > settings.save_every:
-                saved_at = progress.seconds
-                save_state(state_path, optimizer.state(), progress)
-                journal.save()
-            if is_over:
-                return is_done
-            done = progress.seconds / settings.seconds
-            rate = LEARNING_RATE * ramp(progress.step, WARM_UP_STEPS) * decay(done, floor=0.01)
-            optimizer.set(rate, min(0.999, (1 + progress.step) / (10 + progress.step)))
-            training.kl_weight.fill_(KL_WEIGHT * min(1.0, 0.1 + 5 * done))
-        run()
-        progress.step += 1
-        if progress.step % 500 == 0 or (settings.is_dry_run and progress.step % 2 == 0):
-            note_progress(training, journal)
+    def _set_rates(self) -> None:
+        progress = self.run.journal.progress
+        done = progress.seconds / self.settings.seconds
+        rate = LEARNING_RATE * ramp(progress.step, WARM_UP_STEPS) * decay(done, floor=0.01)
+        self.optimizer.set(rate, min(0.999, (1 + progress.step) / (10 + progress.step)))
+        self.kl_weight.fill_(KL_WEIGHT * min(1.0, 0.1 + 5 * done))
 
+    def _save(self) -> None:
+        journal = self.run.journal
+        save_state(self.run.folder / STATE, self.optimizer.state(), journal.progress)
+        journal.save()
 
-def note_progress(training: Training, journal: Journal) -> None:
-    """Add a line to the history.
+    def _note(self) -> None:
+        """Add a line to the history.
 
-    Raises:
-        RuntimeError: the loss is no longer a number.
-    """
-    absolute, square, kl, deviation = training.statistics.tolist()
-    if not math.isfinite(absolute):
-        raise RuntimeError("the VAE's loss is no longer a number")
-    psnr = 10 * math.log10(4 / square)
-    step, seconds = journal.progress.step, journal.progress.seconds
-    line = [step, round(seconds, 1), round(absolute, 4), round(psnr, 2), round(kl, 3)]
-    journal.history.setdefault("autoencoder", []).append(line)
-    training.log(
-        f"step {step} at {seconds:.0f} s: l1 {absolute:.4f}, {psnr:.2f} dB, "
-        f"kl {kl:.3f}, latent deviation {deviation:.3f}"
-    )
+        Raises:
+            RuntimeError: the loss is no longer a number.
+        """
+        absolute, square, kl, deviation = self.statistics.tolist()
+        if not math.isfinite(absolute):
+            raise RuntimeError("the VAE's loss is no longer a number")
+        psnr, journal = 10 * math.log10(4 / square), self.run.journal
+        step, seconds = journal.progress.step, journal.progress.seconds
+        line = [step, round(seconds, 1), round(absolute, 4), round(psnr, 2), round(kl, 3)]
+        journal.history.setdefault("autoencoder", []).append(line)
+        self.run.log(
+            f"step {step} at {seconds:.0f} s: l1 {absolute:.4f}, {psnr:.2f} dB, "
+            f"kl {kl:.3f}, latent deviation {deviation:.3f}"
+        )
 
 
 @torch.no_grad()
-def finish(training: Training, journal: Journal) -> None:
+def finish(training: Training) -> None:
     """Round the average to bfloat16, measure it, and write it."""
-    settings, device = training.settings, training.device
+    run, device = training.run, training.device
     training.optimizer.use_average()
     model = training.model.eval().to(torch.bfloat16)
     num_scenes, batch_size = (512, 64) if device.type == "cuda" else (8, 4)
@@ -202,21 +200,21 @@ def finish(training: Training, journal: Journal) -> None:
         psnr += (10 * torch.log10(4 / (decoded - images).pow(2).mean((1, 2, 3)))).tolist()
         means.append(mean)
         if start == 0:
-            (settings.work / "state" / "pictures").mkdir(exist_ok=True)
+            (run.folder / "pictures").mkdir(exist_ok=True)
             sheet = torch.cat([images[:8], decoded[:8]])
-            save_sheet(sheet, settings.work / "state" / "pictures" / "autoencoder.png")
-    latents = torch.cat(means)
+            save_sheet(sheet, run.folder / "pictures" / "autoencoder.png")
+    latents, journal = torch.cat(means), run.journal
     journal.facts = {
         "vae_scaling_factor": 1 / latents.std().item(),
         "vae_shift_factor": latents.mean().item(),
-        "vae_norm_num_groups": AutoencoderSizes().norm_num_groups,
+        "vae_norm_num_groups": SIZES.norm_groups,
     }
     journal.results = {"psnr_mean": float(np.mean(psnr)), "psnr_min": min(psnr)}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_tensors(settings.work / "state" / "weights" / "autoencoder.safetensors", weights)
+    save_tensors(weights_path(run.folder, "autoencoder"), weights)
     journal.progress.stage = "done"
     journal.save()
-    training.log(f"done after {journal.progress.step} steps: {journal.results} {journal.facts}")
+    run.log(f"done after {journal.progress.step} steps: {journal.results} {journal.facts}")
 
 
 def parse() -> Settings:
@@ -226,21 +224,13 @@ def parse() -> Settings:
     parser.add_argument("--sprites", type=Path, default=DATA / "sprites.npz")
     parser.add_argument("--seconds", type=float, default=240.0, help="training time of the plan")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--no-compile", dest="compiled", action="store_false")
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds between states")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny model, to find mistakes")
-    options = parser.parse_args()
-    return Settings(
-        work=options.work,
-        sprites=options.sprites,
-        seconds=options.seconds,
-        batch_size=options.batch_size,
-        device=torch.device(options.device),
-        compiled=not options.no_compile,
-        save_every=options.save_every,
-        is_dry_run=options.dry_run,
+    parser.add_argument(
+        "--dry-run", dest="is_dry_run", action="store_true", help="a tiny model, to find mistakes"
     )
+    return Settings(**vars(parser.parse_args()))
 
 
 def run(settings: Settings, log: Log, stop: StopRequest) -> None:
@@ -251,12 +241,19 @@ def run(settings: Settings, log: Log, stop: StopRequest) -> None:
         log("already done")
         return
     # The state file is the truth: without it the training starts anew.
-    saved = state_progress(state / "autoencoder.state")
-    journal.progress = saved or Progress(stage="autoencoder")
+    journal.progress = state_progress(state / STATE) or Progress(stage="autoencoder")
     torch.manual_seed(0)
-    training = Training(settings, log)
-    if train(training, journal, stop):
-        finish(training, journal)
+    plan = Run(
+        folder=state,
+        journal=journal,
+        log=log,
+        stop=stop,
+        save_every=settings.save_every,
+        steps_between_notes=2 if settings.is_dry_run else 500,
+    )
+    training = Training(settings, plan)
+    if training.train():
+        finish(training)
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ from training.networks import (
 )
 from training.report import Report, ReportOptions, evaluate
 from training.rounding import shipped_text, shipped_transformer
-from training.runtime import Log, StopRequest, torch_settings
+from training.runtime import Log, StopRequest, default_device, torch_settings
 from training.sampling import Sampler
 from training.stage import Run, Stage, StagePlan, weights_path
 from training.warm_start import warm_start
@@ -304,32 +304,16 @@ def parse() -> Settings:
     parser.add_argument("--num-scenes", type=int, help="only so many scenes")
     parser.add_argument("--num-judged", type=int, help="only so many prompts of each set")
     parser.add_argument("--max-sampling-steps", type=int, help="sample with fewer, to try it out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--no-compile", dest="compiled", action="store_false")
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds between states")
-    parser.add_argument("--dry-run", action="store_true", help="tiny networks, to find mistakes")
-    parser.add_argument("--profile", action="store_true", help="log each stage's slowest kernels")
-    options = parser.parse_args()
-    return Settings(
-        work=options.work,
-        sprites=options.sprites,
-        prompts=options.prompts,
-        init=options.init,
-        text=options.text,
-        rule=options.rule,
-        flow_seconds=options.flow_seconds,
-        distil_seconds=options.distil_seconds,
-        aware_seconds=options.aware_seconds,
-        batch_size=options.batch_size,
-        num_scenes=options.num_scenes,
-        num_judged=options.num_judged,
-        max_sampling_steps=options.max_sampling_steps,
-        device=torch.device(options.device),
-        compiled=not options.no_compile,
-        save_every=options.save_every,
-        is_dry_run=options.dry_run,
-        profiles=options.profile,
+    parser.add_argument(
+        "--dry-run", dest="is_dry_run", action="store_true", help="tiny networks, to find mistakes"
     )
+    parser.add_argument(
+        "--profile", dest="profiles", action="store_true", help="log each stage's slowest kernels"
+    )
+    return Settings(**vars(parser.parse_args()))
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from tolerances import (
     EIGHT_BIT_PRODUCT,
     EIGHT_BIT_STEP,
     FUSED_BF16,
+    relative_error,
 )
 
 from flux_nf4.formats.component import Component
@@ -24,10 +25,7 @@ from flux_nf4.model.transformer import FluxTransformer
 from flux_nf4.nf4 import eight_bit, ops, reference
 from flux_nf4.nf4.linear import NF4Linear
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 ARITHMETICS = ["bf16", "fp8", "int8"]
 # FLUX.1's widths, and ones that are no powers of two; batches and tokens that fill no tile.
@@ -42,10 +40,6 @@ def require(arithmetic: str) -> None:
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1])).to(dtype).cuda()
-
-
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((actual.double() - exact.double()).norm() / exact.double().norm())
 
 
 def in_pytorch(monkeypatch: pytest.MonkeyPatch, call):

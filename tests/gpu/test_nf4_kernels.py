@@ -8,10 +8,7 @@ from flux_nf4.nf4 import ops, reference
 from flux_nf4.nf4.codec import NF4Weight, QuantType
 from flux_nf4.nf4.linear import NF4Linear
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 SHAPES = [(1, 64), (1, 128), (3, 64), (33, 64), (31, 192), (65, 128), (4, 32), (3072, 3072)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -9,10 +9,7 @@ from flux_nf4.pipeline.events import ImageDone, Notice
 from flux_nf4.pipeline.generate import GenerationRequest, generate, workload_of
 from flux_nf4.pipeline.load import LoadSettings, load_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 REQUEST = GenerationRequest(
     prompt="a red cat", width=256, height=256, num_inference_steps=4, max_sequence_length=32
 )

@@ -9,10 +9,7 @@ from flux_nf4.pipeline.events import ImageDone
 from flux_nf4.pipeline.generate import GenerationRequest, generate
 from flux_nf4.pipeline.load import LoadSettings, load_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 NUM_STEPS = 6
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from tolerances import BF16_ERROR_RATIO, VAE_FP32
+from tolerances import BF16_ERROR_RATIO, VAE_FP32, relative_error
 
 from flux_nf4.formats.component import Component
 from flux_nf4.formats.facts import Facts
@@ -75,10 +75,6 @@ def make_images(sizes) -> torch.Tensor:
     factor = 2 ** (len(sizes["block_out_channels"]) - 1)
     generator = torch.Generator().manual_seed(4)
     return torch.rand(2, 3, 3 * factor, 5 * factor, generator=generator) * 2 - 1
-
-
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((actual - exact).norm() / exact.norm())
 
 
 @every_config

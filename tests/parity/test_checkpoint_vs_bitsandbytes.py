@@ -4,6 +4,7 @@ import pytest
 import torch
 from checkpoints import (
     PART_FOLDERS,
+    PREFIX,
     canonical_entries,
     save_all_in_one,
     save_all_in_one_v1,
@@ -17,8 +18,6 @@ from flux_nf4.formats.checkpoint import open_checkpoint
 from flux_nf4.nf4 import ops, reference
 from flux_nf4.nf4.codec import NF4Weight
 from flux_nf4.nf4.search import quantize_searched
-
-PREFIX = "model.diffusion_model."
 
 
 def decoded_by_bitsandbytes(tensors, name):

@@ -10,11 +10,11 @@ import io
 
 import httpx2
 import pytest
+from asgi_client import KEY, bearer
 from live_server import live_server
 from PIL import Image
 from server_fakes import image_file
 
-KEY = "key-of-alice-0123456789"
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 
 OPEN_WEBUI = {
@@ -67,8 +67,7 @@ def server():
 
 @pytest.fixture
 def client(server):
-    headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx2.Client(base_url=server.url, headers=headers, timeout=30) as client:
+    with httpx2.Client(base_url=server.url, headers=bearer(), timeout=30) as client:
         yield client
 
 

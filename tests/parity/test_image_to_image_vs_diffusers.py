@@ -7,22 +7,11 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline
 from PIL import Image
-from tiny_pipeline import save_tiny_folder, their_pipeline, tiny_parts
+from pipelines import HEIGHT, NEGATIVE, PROMPT, SETTINGS, WIDTH, assert_same, make_pipelines
 from tolerances import PIPELINE_FP32
 
-from flux_nf4.pipeline.compat import FluxPipeline
 from flux_nf4.pipeline.request import GenerationRequest
 
-PROMPT = "A red apple, on the blue background"
-NEGATIVE = "two dogs in a photo"
-WIDTH, HEIGHT = 64, 96
-SETTINGS = {
-    "height": HEIGHT,
-    "width": WIDTH,
-    "num_inference_steps": 6,
-    "max_sequence_length": 24,
-    "output_type": "np",
-}
 random = np.random.default_rng(4)
 PICTURE = Image.fromarray(random.integers(0, 256, (6, 4, 3), dtype=np.uint8)).resize(
     (WIDTH, HEIGHT), Image.Resampling.BICUBIC
@@ -36,20 +25,12 @@ IS_WHITE = np.asarray(MASK) >= 128
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    parts = tiny_parts(seed=3)
-    folder = save_tiny_folder(tmp_path_factory.mktemp("tiny") / "model", models=parts)
-    ours = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32, device_map="cpu")
-    text_to_image = their_pipeline(parts)
+    ours, text_to_image = make_pipelines(tmp_path_factory.mktemp("tiny") / "model")
     from_image = FluxImg2ImgPipeline.from_pipe(text_to_image)
     inpaint = FluxInpaintPipeline.from_pipe(text_to_image)
     for pipeline in (from_image, inpaint):
         pipeline.set_progress_bar_config(disable=True)
     return ours, from_image, inpaint
-
-
-def assert_same(ours, theirs):
-    assert theirs.std() > 0.01, "an image without contrast proves nothing"
-    np.testing.assert_allclose(ours, theirs, atol=PIPELINE_FP32)
 
 
 # 0.1 and 0.15 of 6 steps are less than one; 0.7 of 6 is no whole number in binary or decimal.

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import httpx2
 import openai
 import pytest
+from asgi_client import KEY
 from live_server import live_server
 from PIL import Image
 from server_fakes import FakeEngine, image_file, out_of_memory
 
 from flux_nf4.server.jobs import QueueFullError
-
-KEY = "key-of-alice-0123456789"
 
 
 @pytest.fixture

@@ -3,51 +3,25 @@
 import numpy as np
 import pytest
 import torch
-from tiny_pipeline import save_tiny_folder, their_pipeline, tiny_parts
+from pipelines import NEGATIVE, PROMPT, SETTINGS, assert_same, make_pipelines
 from tolerances import PIPELINE_FP32
 
-from flux_nf4.pipeline.compat import FluxPipeline
 from flux_nf4.pipeline.decode import decode_latents
 from flux_nf4.pipeline.generate import GenerationRequest, LatentsDone, generate_latents
 from flux_nf4.pipeline.sampling import draw_noise
 
-PROMPT = "A red apple, on the blue background"
-NEGATIVE = "two dogs in a photo"
-SETTINGS = {
-    "height": 96,
-    "width": 64,
-    "num_inference_steps": 6,
-    "max_sequence_length": 24,
-    "output_type": "np",
-}
-
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    parts = tiny_parts(seed=3)
-    folder = save_tiny_folder(tmp_path_factory.mktemp("tiny") / "model", models=parts)
-    ours = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32, device_map="cpu")
-    return ours, their_pipeline(parts)
+    return make_pipelines(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def assert_same(ours, theirs):
-    assert theirs.std() > 0.01, "an image without contrast proves nothing"
-    np.testing.assert_allclose(ours, theirs, atol=PIPELINE_FP32)
-
-
-def test_the_same_seed_gives_the_same_image(pipelines):
+@pytest.mark.parametrize("guidance", [3.5, 1.5])
+def test_the_same_seed_and_guidance_give_the_same_image(pipelines, guidance):
     ours, theirs = pipelines
     generator = torch.Generator().manual_seed(7)
-    expected = theirs(PROMPT, guidance_scale=3.5, generator=generator, **SETTINGS).images
-    image = ours(PROMPT, distilled_guidance_scale=3.5, seed=7, **SETTINGS).images
-    assert_same(image, expected)
-
-
-def test_distilled_guidance_moves_both_alike(pipelines):
-    ours, theirs = pipelines
-    generator = torch.Generator().manual_seed(7)
-    expected = theirs(PROMPT, guidance_scale=1.5, generator=generator, **SETTINGS).images
-    image = ours(PROMPT, distilled_guidance_scale=1.5, seed=7, **SETTINGS).images
+    expected = theirs(PROMPT, guidance_scale=guidance, generator=generator, **SETTINGS).images
+    image = ours(PROMPT, distilled_guidance_scale=guidance, seed=7, **SETTINGS).images
     assert_same(image, expected)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import T5_FP32
+from tolerances import T5_FP32, relative_error
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.t5.configuration_t5 import T5Config
@@ -88,10 +88,6 @@ def stored_in_fp8(component: Component) -> Component:
 
 def prompts(length: int) -> torch.Tensor:
     return torch.randint(8, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(2))
-
-
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((actual.double() - exact.double()).norm() / exact.double().norm())
 
 
 def rounded_to_fp8(model):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-from tolerances import BF16_ERROR_RATIO, FLUX_FP32
+from tolerances import BF16_ERROR_RATIO, FLUX_FP32, relative_error
 
 from flux_nf4.formats.component import Component, Entries
 from flux_nf4.formats.keymap import SWAPPED_HALVES, transformer_table
@@ -132,10 +132,6 @@ def run_theirs(theirs: FluxTransformer2DModel, inputs: Inputs) -> torch.Tensor:
             return_dict=False,
         )[0]
     return output.float()
-
-
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((actual - exact).norm() / exact.norm())
 
 
 @every_config

@@ -27,6 +27,13 @@ def test_what_failed_says_why():
     assert "| 6 | out of memory |" in tables(by_way([REFUSED]))
 
 
+def test_where_the_uncapped_case_failed_nothing_is_compared_with_it():
+    failed = {key: value for key, value in ours(None, 0).items() if key != "step_ms"}
+    text = tables(by_way([failed | {"error": "out of memory"}, ours(2.0, 132.0)]))
+    assert "| none | out of memory |" in text
+    assert "| 2 | 132.0 |  |" in text
+
+
 def test_of_two_runs_of_a_case_the_later_counts():
     (cases,) = by_way([ours(2.0, 132.0), ours(2.0, 124.0)]).values()
     assert [case["step_ms"] for case in cases] == [124.0]

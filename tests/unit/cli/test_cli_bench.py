@@ -1,6 +1,10 @@
+import contextlib
+import io
 import json
 
 import pytest
+
+from flux_nf4.cli import main
 
 RECORD = {
     "model", "settings", "date", "commit", "device", "versions", "schema", "kind", "name", "load_s",
@@ -8,10 +12,23 @@ RECORD = {
 }  # fmt: skip
 
 
+# Random weights at the demo's sizes, as small as it gets.
+BENCH = ("bench", "--random", "tiny", "-s", "64", "--steps", "2")
+
+
 @pytest.fixture
 def bench(flux):
-    """`bench` of random weights at the demo's sizes, as small as it gets."""
-    return lambda *more: flux("bench", "--random", "tiny", "-s", "64", "--steps", "2", *more)
+    return lambda *more: flux(*BENCH, *more)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The lines of a report, and the file that its results were added to."""
+    path, report = tmp_path_factory.mktemp("bench") / "results.jsonl", io.StringIO()
+    path.write_text('{"kind": "older"}\n')
+    with contextlib.redirect_stdout(report):
+        assert main([*BENCH, "-o", str(path)]) == 0
+    return report.getvalue().splitlines(), path
 
 
 def test_a_line_of_json_holds_everything_that_a_measurement_depends_on(bench):
@@ -28,22 +45,21 @@ def test_the_settings_are_those_that_were_run(bench):
     assert settings["arithmetic"] == "int8"
 
 
-def test_results_are_appended_to_a_file(bench, tmp_path):
-    path = tmp_path / "results.jsonl"
-    path.write_text('{"kind": "older"}\n')
-    bench("-o", str(path))
-
+def test_results_are_appended_to_a_file(measured):
+    _, path = measured
     kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
 
     assert kinds == ["older", "drawing"]
 
 
-def test_the_report_ends_with_the_ceilings(bench):
-    assert bench().out.splitlines()[-1].startswith("measured ceilings: ")
+def test_the_report_ends_with_the_ceilings(measured):
+    report, _ = measured
+    assert report[-1].startswith("measured ceilings: ")
 
 
-def test_random_weights_are_called_so(bench):
-    assert "random weights" in bench().out.splitlines()[0]
+def test_random_weights_are_called_so(measured):
+    report, _ = measured
+    assert "random weights" in report[0]
 
 
 def test_a_model_and_random_weights_are_refused_together(flux):

@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 from checkpoints import (
+    PREFIX,
     TINY_FACTS,
     save_all_in_one,
     save_all_in_one_v1,
@@ -15,8 +16,6 @@ from flux_nf4.formats.checkpoint import open_checkpoint
 from flux_nf4.formats.tensorfile import TensorFile
 from flux_nf4.nf4 import reference
 from flux_nf4.nf4.codec import NF4Weight
-
-PREFIX = "model.diffusion_model."
 
 
 @pytest.fixture(scope="module")

@@ -2,28 +2,17 @@ import dataclasses
 import json
 import shlex
 
+import image_settings
 import pytest
 from checkpoints import save_all_in_one
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flux_nf4.pipeline.image_metadata import ImageSettings, save_image
+from flux_nf4.pipeline.image_metadata import save_image
 from flux_nf4.server.images import encode_png, transcode
 
-SETTINGS = ImageSettings(
-    prompt='a dog\'s "house"',
-    negative_prompt="rain",
-    width=64,
-    height=96,
-    num_inference_steps=7,
-    guidance_scale=2.0,
-    distilled_guidance_scale=3.25,
-    seed=11,
-    schedule="forge",
-    max_sequence_length=32,
-    model="flux-demo",
-    quantization="nf4 v2",
-    dtype="float32",
+SETTINGS = dataclasses.replace(
+    image_settings.SETTINGS, prompt='a dog\'s "house"', width=64, height=96, seed=11
 )
 A1111 = (
     "a dog\nNegative prompt: rain\n"

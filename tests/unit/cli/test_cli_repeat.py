@@ -2,28 +2,15 @@
 
 import dataclasses
 
+import image_settings
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flux_nf4.pipeline.image_metadata import ImageSettings, read_image, save_image
+from flux_nf4.pipeline.image_metadata import read_image, save_image
 from flux_nf4.server.images import encode_png, transcode
 
-SETTINGS = ImageSettings(
-    prompt='a dog, "quoted"\nline two',
-    negative_prompt="rain",
-    width=80,
-    height=96,
-    num_inference_steps=7,
-    guidance_scale=2.0,
-    distilled_guidance_scale=3.25,
-    seed=2**64 - 1,
-    schedule="forge",
-    max_sequence_length=32,
-    model="flux-demo",
-    quantization="nf4 v2",
-    dtype="bfloat16",
-)
+SETTINGS = dataclasses.replace(image_settings.SETTINGS, width=80, height=96)
 FORGE = (
     "a dog\nNegative prompt: rain\n"
     "Steps: 9, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Distilled CFG Scale: 2.5, "

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from checkpoints import (
+    PREFIX,
     canonical_entries,
     quantized,
     save_all_in_one,
@@ -16,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from flux_nf4.formats import verification
 from flux_nf4.pipeline.load import demo_path
 
-PREFIX = "model.diffusion_model."
 IMG_IN = f"{PREFIX}img_in.weight"
 
 

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 import torch
-from checkpoints import TINY_FACTS, cast, save_all_in_one, save_diffusers_folder
+from checkpoints import PREFIX, TINY_FACTS, cast, save_all_in_one, save_diffusers_folder
 from safetensors.torch import load_file, save, save_file
 
 from flux_nf4.formats.bnb import tensors_from_weight
@@ -17,7 +17,6 @@ from flux_nf4.nf4 import reference
 from flux_nf4.nf4.codec import NF4Weight, concatenate_rows
 from flux_nf4.nf4.search import quantize_searched
 
-PREFIX = "model.diffusion_model."
 T5 = "text_encoders.t5xxl.transformer."
 
 

@@ -1,14 +1,12 @@
 import pytest
 import torch
-from checkpoints import TINY_FACTS, canonical_entries, quantized
+from checkpoints import PREFIX, TINY_FACTS, canonical_entries, quantized
 
 from flux_nf4.errors import DiskError, FormatError, InputError
 from flux_nf4.formats.allinone import plan_all_in_one, write_all_in_one
 from flux_nf4.formats.checkpoint import open_checkpoint
 from flux_nf4.formats.tensorfile import TensorFile
 from flux_nf4.nf4 import reference
-
-PREFIX = "model.diffusion_model."
 
 
 @pytest.fixture(scope="module")

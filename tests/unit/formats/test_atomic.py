@@ -4,7 +4,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -138,9 +137,7 @@ def test_ctrl_c_in_another_process_leaves_nothing_behind(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         process.stdout.readline()
         num_files = len(list(tmp_path.iterdir()))
-        started = time.monotonic()
         process.send_signal(signal.SIGINT)
         process.wait(timeout=30)
     assert num_files == 1
-    assert time.monotonic() - started < 30
     assert not list(tmp_path.iterdir())

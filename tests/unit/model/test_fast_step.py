@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerances import BF16_ERROR_RATIO, EIGHT_BIT_STEP, FLUX_FP32
+from tolerances import BF16_ERROR_RATIO, EIGHT_BIT_STEP, FLUX_FP32, relative_error
 
 from flux_nf4.model import blocks as plain_blocks
 from flux_nf4.model import fused
@@ -42,10 +42,6 @@ def inputs(config, dtype=torch.float32, *, num_rows=1):
         )
     )
     return img, txt, row, rope_table(TXT, ROWS, COLUMNS, config)
-
-
-def relative_error(actual, exact):
-    return float((actual.float() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("num_rows", [1, BATCH])

@@ -1,18 +1,15 @@
 """The fused kernels without a GPU: values by Triton's interpreter, code by its compiler."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, compile_for
+from ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, compile_for, run_interpreted
+from tiny_pipeline import save_tiny_folder
 
 from flux_nf4.model import fused, fused_kernels
 from flux_nf4.model.blocks import EPSILON
 
-TESTS = Path(__file__).parents[2]
 # FLUX.1's sizes: width, padded to a power of two, and the inner width of an MLP.
 HIDDEN, PADDED, INNER = 3072, 4096, 12288
 # What rows are in: Triton's name and the largest value of a unit.
@@ -42,16 +39,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def test_interpreted_kernels_equal_the_same_in_pytorch_and_draw_the_same_images() -> None:
+def test_interpreted_kernels_equal_the_same_in_pytorch_and_draw_the_same_images(
+    tmp_path: Path,
+) -> None:
     script = Path(__file__).with_name("interpreted_fused.py")
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    exit_code, complaints = run_interpreted(script, save_tiny_folder(tmp_path / "tiny"))
+    assert exit_code == 0, complaints
 
 
 @every_target

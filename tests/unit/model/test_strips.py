@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checkpoints import tiny_models
-from tolerances import VAE_STRIPS_FP32
+from tolerances import VAE_STRIPS_FP32, relative_error
 
 from flux_nf4.model import strips
 
@@ -11,10 +11,6 @@ from flux_nf4.model import strips
 @pytest.fixture(scope="module")
 def vae():
     return tiny_models()["vae"].eval()
-
-
-def relative_error(found, expected):
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("strip_pixels", [2**15, 2**8, 2**4])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerances import EIGHT_BIT_PRODUCT, ROTATION_FP32
+from tolerances import EIGHT_BIT_PRODUCT, ROTATION_FP32, relative_error
 
 from flux_nf4.errors import InputError
 from flux_nf4.nf4 import eight_bit, ops, reference
@@ -20,10 +20,6 @@ def random(*shape):
 def random_layer(*, nested=False, block_size=64, shape=(48, 256)):
     weight = reference.quantize(random(*shape), block_size=block_size, nested=nested)
     return NF4Linear(weight, random(shape[0]))
-
-
-def relative_error(actual, exact):
-    return float((actual - exact).norm() / exact.norm())
 
 
 def test_rotation_is_the_walsh_hadamard_matrix():

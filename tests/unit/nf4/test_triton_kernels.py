@@ -1,19 +1,15 @@
 """The kernels without a GPU: their values by Triton's interpreter, their code by its compiler."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, TURING, compile_for
+from ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, TURING, compile_for, run_interpreted
 
 from flux_nf4.nf4 import triton_kernels
 from flux_nf4.nf4.picking import instructions
 
-TESTS = Path(__file__).parents[2]
 PICKED = {"fp8e4nv": "e4m3", "bf16": "bf16"}
 
 
@@ -48,14 +44,7 @@ def expansion_ptx(
 
 def test_interpreted_kernels_equal_the_reference() -> None:
     script = Path(__file__).with_name("interpreted_kernels.py")
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert (run.returncode, run.stderr) == (0, "")
+    assert run_interpreted(script) == (0, "")
 
 
 @pytest.fixture(autouse=True)

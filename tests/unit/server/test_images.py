@@ -9,27 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from image_settings import SETTINGS
 from PIL import Image
 
 from flux_nf4.errors import InputError
-from flux_nf4.pipeline.image_metadata import SOURCE_TYPE, ImageSettings, read_image
+from flux_nf4.pipeline.image_metadata import SOURCE_TYPE, read_image
 from flux_nf4.server.images import check_upload, encode_png, encode_preview, transcode
 
-SETTINGS = ImageSettings(
-    prompt='a 猫 <b>"quoted"</b> & é\nline two',
-    negative_prompt="rain",
-    width=48,
-    height=32,
-    num_inference_steps=7,
-    guidance_scale=2.0,
-    distilled_guidance_scale=3.25,
-    seed=2**64 - 1,
-    schedule="forge",
-    max_sequence_length=32,
-    model="flux-demo",
-    quantization="nf4 v2",
-    dtype="float32",
-)
 RGB = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8).tobytes()
 PNG = encode_png(RGB, 48, 32, SETTINGS)
 FORMATS = ("png", "jpeg", "webp")

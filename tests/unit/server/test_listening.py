@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -254,7 +253,7 @@ class Served:
             [sys.executable, "-c", PROGRAM, str(step_s), str(drain_timeout_s)],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         self.url = f"http://127.0.0.1:{self.line()}"
         assert self.line() == "ready"

@@ -1,5 +1,4 @@
 import asyncio
-import os
 import re
 
 import httpx2
@@ -207,11 +206,17 @@ def test_too_little_memory_is_counted_and_named():
     assert found[f"flux_nf4_requests_total{{{end}}}"] == 1
 
 
-def test_a_workers_memory_is_told(metrics):
-    from flux_nf4.server.metrics import _resident_bytes
+def test_a_workers_memory_is_told():
+    async def claim():
+        async with serving() as engine:
+            await finished(engine)
+            assert value(Metrics(engine), "host_bytes", device="cpu") > 10**6
 
-    assert _resident_bytes(os.getpid()) > 10**6
-    assert _resident_bytes(2**22 + 1) is None
+    asyncio.run(claim())
+
+
+def test_the_memory_of_a_worker_that_is_not_there_is_not_told(metrics):
+    assert value(metrics, "host_bytes", device="cpu") is None
 
 
 def test_a_devices_memory_is_told_as_the_last_job_left_it():

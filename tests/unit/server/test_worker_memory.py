@@ -1,16 +1,12 @@
 """The real worker's half of the memory setting, on a device that counts its bytes."""
 
 import asyncio
-import sys
 import threading
-from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
 from engines import finished
-from fake_device import FakeDevice
-from managed_models import PLENTY
-from tiny_pipeline import save_tiny_folder, tiny_parts
+from managed_models import PLENTY, worker_command
 
 from flux_nf4.errors import DoesNotFitError
 from flux_nf4.memory.plan import smallest_budget
@@ -20,16 +16,6 @@ from flux_nf4.server.frames import make_shared_memory
 from flux_nf4.server.jobs import JobSpec
 from flux_nf4.server.worker import Worker
 
-# The whole process, on such a device.
-PROCESS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from fake_device import FakeDevice
-from flux_nf4.pipeline import load
-from flux_nf4.server import worker
-load.managed_device = lambda *_: FakeDevice()
-sys.exit(worker.main())
-"""
 SPEC = JobSpec(prompt="a cat", width=64, height=64, num_inference_steps=2, seed=3)
 
 
@@ -53,22 +39,11 @@ class FakeParent:
         self.images.append(image.tobytes())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    parts = tiny_parts(num_double_blocks=3, num_single_blocks=4)
-    return save_tiny_folder(tmp_path_factory.mktemp("worker_memory") / "model", models=parts)
-
-
 @pytest.fixture
-def device():
-    return FakeDevice()
-
-
-@pytest.fixture
-def worker(monkeypatch, folder, device):
+def worker(monkeypatch, managed_folder, device):
     """Ready, with memory for everything, and answering for budgets."""
     monkeypatch.setattr(load, "managed_device", lambda *_: device)
-    worker = Worker(FakeParent(folder))
+    worker = Worker(FakeParent(managed_folder))
     threading.Thread(target=worker.plan_budgets, daemon=True).start()
     return worker
 
@@ -166,12 +141,11 @@ def test_what_runs_out_of_memory_on_its_way_to_a_budget_is_drawn_within_less(wor
     assert draw(worker) == image
 
 
-def test_a_process_draws_the_same_before_and_after_it_was_given_less(folder):
-    command = [sys.executable, "-P", "-c", PROCESS, str(Path(__file__).parents[2])]
-    settings = EngineSettings(device="cpu", model=str(folder), vram=PLENTY)
+def test_a_process_draws_the_same_before_and_after_it_was_given_less(managed_folder):
+    settings = EngineSettings(device="cpu", model=str(managed_folder), vram=PLENTY)
 
     async def claim():
-        engine = Engine(settings, worker_command=command)
+        engine = Engine(settings, worker_command=worker_command())
         await engine.start()
         try:
             await engine.wait_ready()

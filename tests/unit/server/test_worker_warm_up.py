@@ -1,15 +1,13 @@
 """The image before the first job, on a device that counts its bytes."""
 
 import asyncio
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engines import finished, submit
-from fake_device import Counting, FakeDevice
-from managed_models import PLENTY, draw, wish
-from tiny_pipeline import save_tiny_folder, tiny_parts
+from fake_device import Counting
+from managed_models import PLENTY, WORKER, draw, wish, worker_command
 
 from flux_nf4.memory.plan import smallest_budget
 from flux_nf4.model.step_graph import LEAST_CALLS
@@ -21,16 +19,7 @@ from flux_nf4.server.metrics import Metrics
 from flux_nf4.server.warm_up import repays, warm_up
 
 # The real worker on a device that pretends to repay a warm-up; its jobs it draws as ever.
-PROCESS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from fake_device import FakeDevice
-from flux_nf4.pipeline import load
-from flux_nf4.server import worker
-load.managed_device = lambda *_: FakeDevice()
-worker.repays = lambda device: True
-sys.exit(worker.main())
-"""
+PROCESS = WORKER.replace("sys.exit", "worker.repays = lambda device: True\nsys.exit")
 # The same, and each warm-up comes to a bad end.
 FAILING = PROCESS.replace(
     "sys.exit",
@@ -46,21 +35,10 @@ sys.exit""",
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    parts = tiny_parts(num_double_blocks=3, num_single_blocks=4)
-    return save_tiny_folder(tmp_path_factory.mktemp("worker_warm_up") / "model", models=parts)
-
-
 @pytest.fixture
-def device():
-    return FakeDevice()
-
-
-@pytest.fixture
-def model(monkeypatch, folder, device):
+def model(monkeypatch, managed_folder, device):
     monkeypatch.setattr(load, "managed_device", lambda *_: device)
-    return load_model(folder, LoadSettings(device="cpu", vram=PLENTY))
+    return load_model(managed_folder, LoadSettings(device="cpu", vram=PLENTY))
 
 
 @pytest.fixture
@@ -79,11 +57,10 @@ def drawn(monkeypatch):
 
 
 def with_worker(folder, claim, source=PROCESS, **settings):
-    command = [sys.executable, "-P", "-c", source, str(Path(__file__).parents[2])]
     settings = EngineSettings(device="cpu", model=str(folder), vram=PLENTY, **settings)
 
     async def run():
-        engine = Engine(settings, worker_command=command)
+        engine = Engine(settings, worker_command=worker_command(source))
         metrics = Metrics(engine)
         engine.on_event.append(metrics.observe)
         await engine.start()
@@ -153,52 +130,56 @@ def test_a_bug_in_it_is_told_in_full(model, monkeypatch, capsys):
     assert "no warm-up: drawing failed" in said
 
 
-def test_a_process_that_is_warm_has_counted_no_request_and_told_its_memory(folder):
-    async def claim(engine, registry):
-        counted = {metric.name: metric.samples for metric in registry.collect()}
-        assert counted["flux_nf4_requests"] == []
-        assert counted["flux_nf4_images"][0].value == 0
-        assert counted["flux_nf4_steps"][0].value == 0
-        assert counted["flux_nf4_weights_resident_bytes"][0].value > 0
-        assert engine.jobs(owner="somebody") == []
-
-    with_worker(folder, claim)
-
-
-def test_the_plan_that_is_told_is_the_same_with_a_warm_up_or_without(folder):
-    told = []
+@pytest.fixture(scope="module")
+def warm_and_cold(managed_folder):
+    """What a process that is warm tells and then draws, and one that had no warm-up."""
+    found = []
 
     async def claim(engine, registry):
-        told.append(engine.capabilities.memory)
+        ready = SimpleNamespace(
+            counted={metric.name: metric.samples for metric in registry.collect()},
+            jobs=engine.jobs(owner="somebody"),
+            memory=engine.capabilities.memory,
+        )
+        ready.image = (await finished(engine)).images[0].sha256
+        found.append(ready)
 
-    with_worker(folder, claim)
-    with_worker(folder, claim, warm_up=False)
-    assert told[0] == told[1]
-
-
-def test_a_process_draws_the_same_with_a_warm_up_or_without(folder):
-    images = []
-
-    async def claim(engine, registry):
-        images.append((await finished(engine)).images[0].sha256)
-
-    with_worker(folder, claim)
-    with_worker(folder, claim, warm_up=False)
-    assert images[0] == images[1]
+    with_worker(managed_folder, claim)
+    with_worker(managed_folder, claim, warm_up=False)
+    return found
 
 
-def test_a_warm_up_may_take_longer_than_a_step(folder):
+def test_a_process_that_is_warm_has_counted_no_request_and_told_its_memory(warm_and_cold):
+    warm, _ = warm_and_cold
+    assert warm.counted["flux_nf4_requests"] == []
+    assert warm.counted["flux_nf4_images"][0].value == 0
+    assert warm.counted["flux_nf4_steps"][0].value == 0
+    assert warm.counted["flux_nf4_weights_resident_bytes"][0].value > 0
+    assert warm.jobs == []
+
+
+def test_the_plan_that_is_told_is_the_same_with_a_warm_up_or_without(warm_and_cold):
+    warm, cold = warm_and_cold
+    assert warm.memory == cold.memory
+
+
+def test_a_process_draws_the_same_with_a_warm_up_or_without(warm_and_cold):
+    warm, cold = warm_and_cold
+    assert warm.image == cold.image
+
+
+def test_a_warm_up_may_take_longer_than_a_step(managed_folder):
     async def claim(engine, registry):
         assert engine.status().workers[0].num_restarts == 0
 
-    with_worker(folder, claim, step_timeout_s=0.01)
+    with_worker(managed_folder, claim, step_timeout_s=0.01)
 
 
-def test_a_process_whose_warm_up_fails_draws_all_the_same(folder):
+def test_a_process_whose_warm_up_fails_draws_all_the_same(managed_folder):
     async def claim(engine, registry):
         job = submit(engine)
         await job.wait()
         assert job.state == "done"
         assert engine.status().workers[0].num_restarts == 0
 
-    with_worker(folder, claim, FAILING)
+    with_worker(managed_folder, claim, FAILING)

@@ -26,7 +26,7 @@ def measures() -> Measures:
 @pytest.fixture(scope="module")
 def specs(measures: Measures) -> list[dict[str, Any]]:
     things = load_things()[::EVERY]
-    writer = PromptWriter(things, measures, Random(0), held_out=False)
+    writer = PromptWriter(things, measures, Random(0), held_out=False, num_checks=1)
     return writer.write(SIZES, range(len(things)))
 
 

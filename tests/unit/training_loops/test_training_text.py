@@ -11,7 +11,14 @@ from training import train_text
 from training.checkpoint import save_tensors
 from training.dataset import draw_part
 from training.listener import Listener
-from training.networks import ClipText, Sizes, T5Encoder, neighbour_biases, start_t5
+from training.networks import (
+    ClipText,
+    Sizes,
+    T5Encoder,
+    neighbour_biases,
+    start_clip,
+    start_t5,
+)
 from training.package_demo import SHIPPED
 from training.rounding import to_e4m3
 from training.train_text import Lesson, cells_of
@@ -86,7 +93,8 @@ def test_a_listener_misses_nothing_of_its_own_encoders(listener: Listener) -> No
 
 def test_a_listener_misses_what_other_encoders_say(listener: Listener) -> None:
     ids = torch.randint(3, 1000, (2, 4, 32))
-    encoded = (T5Encoder(SHIPPED_SIZES)(ids[0]), ClipText(SHIPPED_SIZES)(ids[1]))
+    clip = start_clip(ClipText(SHIPPED_SIZES))
+    encoded = (T5Encoder(SHIPPED_SIZES)(ids[0]), clip(ids[1]))
     assert all(error.item() > 0.3 for error in listener.missed((ids[0], ids[1]), encoded))
 
 
