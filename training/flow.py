@@ -225,10 +225,7 @@ class DistillationStep:
         """One training step."""
         data = self.data
         draw = data.draw(DISTILLATION_DROPOUT)
-        is_neutral_B, place_B = torch.rand(2, data.batch_size, device=data.device)
-        low, high = GUIDANCE_RANGE
-        w_B = low + (high - low) * place_B
-        w_B = torch.where(is_neutral_B < SHARE_OF_NEUTRAL, NEUTRAL_GUIDANCE, w_B)
+        w_B = draw_guidance(data)
         with torch.no_grad(), autocast(data.device):
             txt_BTD, pooled_BP = self.frozen.encode(draw.t5, draw.clip)
             target_BLC = self.target(draw, w_B, txt_BTD, pooled_BP)
@@ -242,6 +239,14 @@ class DistillationStep:
             loss_B.mean().backward()
         data.note_loss(loss_B, draw)
         self.optimizer.step()
+
+
+def draw_guidance(data: Data) -> Tensor:
+    """Guidance inputs of a batch, (B,): many at the default, the others anywhere in the range."""
+    is_neutral_B, place_B = torch.rand(2, data.batch_size, device=data.device)
+    low, high = GUIDANCE_RANGE
+    w_B = low + (high - low) * place_B
+    return torch.where(is_neutral_B < SHARE_OF_NEUTRAL, NEUTRAL_GUIDANCE, w_B)
 
 
 def as_leaf(tensor: Tensor) -> Tensor:
