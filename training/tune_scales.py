@@ -27,10 +27,10 @@ from torch.func import functional_call
 
 from flux_nf4.formats.allinone import write_all_in_one
 from flux_nf4.formats.checkpoint import open_checkpoint
+from flux_nf4.model.build import build_autoencoder, build_clip, build_t5, build_transformer
 from flux_nf4.model.transformer import FluxTransformer
 from flux_nf4.nf4.codec import NF4Weight
 from flux_nf4.nf4.reference import dequantize
-from flux_nf4.pipeline.load import LoadSettings, load_model
 from flux_nf4.pipeline.sampling import pack
 from training import WORK
 from training.compose import Composer, load_sprites
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from flux_nf4.formats.component import Component, Entry
-    from flux_nf4.pipeline.load import Model
+    from flux_nf4.model.autoencoder import Autoencoder
 
 BATCH_SIZE = 16
 # Of a scale's own size, and of the other parameters.
@@ -109,15 +109,22 @@ class Lesson:
     def __init__(
         self, shipped: Path, teacher: Path, scenes: Path, *, num_scenes: int, device: torch.device
     ) -> None:
-        settings = LoadSettings(device=str(device), dtype=torch.float32)
-        self.model, self.device = load_model(shipped, settings), device
-        self.teacher = load_model(teacher, settings).transformer
-        self.free = FreeScales(open_checkpoint(shipped).components["transformer"], device)
+        checkpoint, self.device = open_checkpoint(shipped), device
+        parts, facts = checkpoint.components, checkpoint.facts
+        # Not by `load_model`, which on a GPU keeps networks there only while they are in use.
+        self.t5 = build_t5(parts["t5"], device=device, dtype=torch.float32)
+        self.clip = build_clip(parts["clip"], facts, device=device, dtype=torch.float32)
+        autoencoder = build_autoencoder(parts["vae"], facts, device=device, dtype=torch.float32)
+        self.teacher = build_transformer(
+            open_checkpoint(teacher).components["transformer"], device=device, dtype=torch.float32
+        )
+        self.teacher.blocks.fast_step = None  # its kernels are for what is drawn
+        self.free = FreeScales(parts["transformer"], device)
         with torch.device("meta"):
             self.student = FluxTransformer(self.teacher.config)
         # The module's names are the file's behind the name of the part that owns them.
         self.names = {n.partition(".")[2]: n for n, _ in self.student.named_parameters()}
-        train, held_out = load_lessons(self.model, scenes, num_scenes, device)
+        train, held_out = load_lessons(autoencoder, scenes, num_scenes, device)
         self.train = train
         self.validation = [self.draw(held_out) for _ in range(NUM_VALIDATION_BATCHES)]
 
@@ -125,7 +132,7 @@ class Lesson:
     def draw(self, data: Data) -> tuple[tuple[Tensor, ...], Tensor]:
         """What both models are given, and what the teacher says to it."""
         draw, guidance_B = data.draw(DISTILLATION_DROPOUT), draw_guidance(data)
-        text, pooled = self.model.t5(draw.t5), self.model.clip(draw.clip)
+        text, pooled = self.t5(draw.t5), self.clip(draw.clip)
         given = (draw.mixed, text, pooled, draw.t, guidance_B, data.rope)
         with autocast(self.device):
             return given, self.teacher(*given).float()
@@ -145,7 +152,7 @@ class Lesson:
 
 
 def load_lessons(
-    model: Model, scenes_path: Path, num_scenes: int, device: torch.device
+    autoencoder: Autoencoder, scenes_path: Path, num_scenes: int, device: torch.device
 ) -> tuple[Data, Data]:
     """Latents and captions of scenes for training, and of some more to validate with."""
     scenes = load_scenes(scenes_path)
@@ -155,7 +162,7 @@ def load_lessons(
     objs, bg, t5, clip = (
         torch.from_numpy(scenes[name][chosen]).to(device) for name in ("objs", "bg", "t5", "clip")
     )
-    latents_NLC = torch.cat(list(_encoded(model, objs, bg)))
+    latents_NLC = torch.cat(list(_encoded(autoencoder, objs, bg)))
     sizes = Sizes(
         t5_vocabulary=load_tokenizer("t5").get_vocab_size(),
         clip_vocabulary=load_tokenizer("clip").get_vocab_size(),
@@ -176,10 +183,10 @@ def load_lessons(
 
 
 @torch.no_grad()
-def _encoded(model: Model, objs: Tensor, bg: Tensor) -> Iterator[Tensor]:
-    composer = Composer(load_sprites(), model.device)
+def _encoded(autoencoder: Autoencoder, objs: Tensor, bg: Tensor) -> Iterator[Tensor]:
+    composer = Composer(load_sprites(), objs.device)
     for part in zip(objs.split(ENCODED_AT_ONCE), bg.split(ENCODED_AT_ONCE), strict=True):
-        mean_BCHW, _ = model.autoencoder.encode(composer(*part))
+        mean_BCHW, _ = autoencoder.encode(composer(*part))
         yield pack(mean_BCHW).to(torch.bfloat16)
 
 
