@@ -213,7 +213,7 @@ class ClipText(ClipTokens):
                 max_length=77,
             )
         )
-        self.requires_grad_()  # the package's embeddings are frozen
+        self.requires_grad_()  # the package's embeddings are frozen, and hold nothing: `start_clip`
         self.eos_token_id = sizes.clip_eos_token_id
 
     def forward(self, ids_BT: Tensor) -> Tensor:

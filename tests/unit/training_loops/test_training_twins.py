@@ -18,6 +18,7 @@ from training.networks import (
     make_networks,
     matrix_pieces,
     relative_buckets,
+    start_clip,
     transformer_weights,
 )
 
@@ -74,7 +75,7 @@ def test_t5_twin_equals_transformers() -> None:
 
 
 def test_clip_twin_equals_transformers_pooled_output() -> None:
-    ours = randomized(ClipText(SIZES))
+    ours = randomized(start_clip(ClipText(SIZES)))
     config = CLIPTextConfig(
         vocab_size=50,
         hidden_size=64,
