@@ -131,7 +131,9 @@ def test_ctrl_c_in_another_process_leaves_nothing_behind(tmp_path):
         # A shell starts what it puts in the background with SIGINT ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with atomic_file(sys.argv[1]) as file:\n"
-        "    file.write(b'half'); file.flush(); print('ready', flush=True); time.sleep(60)\n"
+        "    file.write(b'half'); file.flush(); print('ready', flush=True)\n"
+        "    while True:\n"
+        "        time.sleep(0.05)\n"  # a signal in the moment before the sleep is handled after it
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
