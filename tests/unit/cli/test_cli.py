@@ -270,6 +270,25 @@ def test_a_signal_leaves_no_half_written_file(folder, number, place, output):
     assert left == [] or (folder / output).read_text() == "as it was"
 
 
+def test_a_signal_that_comes_while_an_object_is_finalised_is_not_lost():
+    ended = run_python(
+        """
+        import os, signal, sys, time
+        from flux_nf4.cli import demo, main
+        class Dying:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+        def load_words():
+            Dying()
+            time.sleep(20)
+        demo.load_words = load_words
+        sys.exit(main(["demo"]))
+        """
+    )
+
+    assert (ended.returncode, ended.stderr) == (143, "stopped by SIGTERM\n")
+
+
 def test_an_error_after_a_signal_is_not_called_our_fault():
     ended = run_python(
         """
