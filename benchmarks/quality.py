@@ -197,7 +197,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     measures: Measures | None = None
     for name in arguments.formats:
         checkpoint = checkpoint_in(name)
-        model = assemble_model(checkpoint, settings)
+        model = assemble_model(checkpoint, settings, is_managed=False)
         measures = measures or Measures(Composer(load_sprites(), model.device))
         images = draw_all(model, captions, arguments.batch_size, name)
         reference = images if name == "bf16" else reference

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from flux_nf4.formats.component import Component, Entry
     from flux_nf4.model.autoencoder import Autoencoder
 
-BATCH_SIZE = 16
 # Of a scale's own size, and of the other parameters.
 SCALE_RATE, OTHER_RATE = 3e-3, 1e-3
 NUM_HELD_OUT, NUM_VALIDATION_BATCHES = 128, 8
@@ -107,7 +106,14 @@ class Lesson:
     """The shipped model, the bfloat16 one as its teacher, and scenes to compare them on."""
 
     def __init__(
-        self, shipped: Path, teacher: Path, scenes: Path, *, num_scenes: int, device: torch.device
+        self,
+        shipped: Path,
+        teacher: Path,
+        scenes: Path,
+        *,
+        num_scenes: int,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         checkpoint, self.device = open_checkpoint(shipped), device
         parts, facts = checkpoint.components, checkpoint.facts
@@ -124,8 +130,7 @@ class Lesson:
             self.student = FluxTransformer(self.teacher.config)
         # The module's names are the file's behind the name of the part that owns them.
         self.names = {n.partition(".")[2]: n for n, _ in self.student.named_parameters()}
-        train, held_out = load_lessons(autoencoder, scenes, num_scenes, device)
-        self.train = train
+        self.train, held_out = load_lessons(autoencoder, scenes, num_scenes, batch_size, device)
         self.validation = [self.draw(held_out) for _ in range(NUM_VALIDATION_BATCHES)]
 
     @torch.no_grad()
@@ -152,7 +157,11 @@ class Lesson:
 
 
 def load_lessons(
-    autoencoder: Autoencoder, scenes_path: Path, num_scenes: int, device: torch.device
+    autoencoder: Autoencoder,
+    scenes_path: Path,
+    num_scenes: int,
+    batch_size: int,
+    device: torch.device,
 ) -> tuple[Data, Data]:
     """Latents and captions of scenes for training, and of some more to validate with."""
     scenes = load_scenes(scenes_path)
@@ -175,7 +184,7 @@ def load_lessons(
             empty_t5=torch.from_numpy(scenes["u5"]).long().to(device),
             empty_clip=torch.from_numpy(scenes["uc"]).long().to(device),
         )
-        found = Data(captions, sizes, BATCH_SIZE)
+        found = Data(captions, sizes, batch_size)
         found.latents_NLC = latents_NLC[part]
         return found
 
@@ -207,7 +216,7 @@ def train(lesson: Lesson, seconds: float, log: Log) -> None:
         if spent - noted > SECONDS_BETWEEN_NOTES:
             noted = spent
             log(f"step {step} at {spent:.0f} s: validation error {lesson.validate():.5f}")
-    log(f"{step} steps of {BATCH_SIZE}")
+    log(f"{step} steps of {lesson.train.batch_size}")
 
 
 def write_tuned(path: Path, entries: Mapping[str, Entry], out: Path) -> None:
@@ -224,6 +233,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=BF16)
     parser.add_argument("--scenes", type=Path, default=WORK / "scenes.npz")
     parser.add_argument("--num-scenes", type=int, default=1536)
+    parser.add_argument("--batch-size", type=int, default=16, help="on a GPU, 128")
     parser.add_argument("--minutes", type=float, default=35.0)
     parser.add_argument("--out", type=Path, help="another file than the shipped one")
     options = parser.parse_args()
@@ -234,6 +244,7 @@ def main() -> None:
         options.teacher,
         options.scenes,
         num_scenes=options.num_scenes,
+        batch_size=options.batch_size,
         device=default_device(),
     )
     before = lesson.validate()

@@ -116,8 +116,12 @@ def load_model(path: str | Path | None, settings: LoadSettings | None = None) ->
     return assemble_model(checkpoint, settings or LoadSettings())
 
 
-def assemble_model(checkpoint: Checkpoint, settings: LoadSettings) -> Model:
+def assemble_model(
+    checkpoint: Checkpoint, settings: LoadSettings, *, is_managed: bool = True
+) -> Model:
     """Make a model of a checkpoint that is open already.
+
+    Not managed, every network is on the device and stays there, for who calls them one by one.
 
     Raises:
         ModelNotFoundError, FormatError, InputError: as `load_model`.
@@ -140,8 +144,8 @@ def assemble_model(checkpoint: Checkpoint, settings: LoadSettings) -> Model:
     tokenizers = load_tokenizers(checkpoint)
     check_vocabularies(tokenizers, components)
     notes = [*checkpoint.notes, *([] if note is None else [note])]
-    manager = managed_device(device, settings.vram)
-    if manager is None and (settings.vram or settings.ram) is not None:
+    manager = managed_device(device, settings.vram) if is_managed else None
+    if is_managed and manager is None and (settings.vram or settings.ram) is not None:
         notes.append("limits of memory are not used: the device is the CPU")
     place = device if manager is None else torch.device("meta")
     model = Model(

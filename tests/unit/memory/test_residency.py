@@ -4,13 +4,17 @@ import gc
 import weakref
 
 import pytest
+import torch
 from fake_device import FakeDevice
 from managed_models import budgets, draw, unmanaged, wish
 from tolerances import COUNTED_HOST_BYTES
 
+from flux_nf4.formats.checkpoint import open_checkpoint
 from flux_nf4.memory.budget import SLACK_BYTES
 from flux_nf4.memory.residency import slots_in_turn
+from flux_nf4.pipeline import load
 from flux_nf4.pipeline.generate import generate
+from flux_nf4.pipeline.load import LoadSettings, assemble_model
 
 REQUESTS = {"plain": wish(), "guided": wish(guidance_scale=2.0, negative_prompt="dog")}
 
@@ -20,6 +24,15 @@ def expected(folder):
     """What a model draws that nobody manages."""
     model = unmanaged(folder)
     return {name: draw(model, request)[0] for name, request in REQUESTS.items()}
+
+
+def test_a_model_that_nobody_manages_is_where_it_computes(folder, expected, monkeypatch):
+    monkeypatch.setattr(load, "managed_device", lambda *_: FakeDevice())
+    settings = LoadSettings(device="cpu", dtype=torch.float32)
+    model = assemble_model(open_checkpoint(folder), settings, is_managed=False)
+
+    assert not any(weight.is_meta for weight in model.transformer.parameters())
+    assert draw(model, REQUESTS["plain"])[0] == expected["plain"]
 
 
 def planned(plan, *names):

@@ -37,10 +37,10 @@ def lesson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lesson:
     path = tmp_path / "scenes.npz"
     u5, uc = encode([""])
     np.savez(path, u5=u5, uc=uc, **draw_part(0, 12))
-    for name, value in (("BATCH_SIZE", 2), ("NUM_HELD_OUT", 4), ("NUM_VALIDATION_BATCHES", 1)):
+    for name, value in (("NUM_HELD_OUT", 4), ("NUM_VALIDATION_BATCHES", 1)):
         monkeypatch.setattr(tune_scales, name, value)
     torch.manual_seed(0)
-    return Lesson(SHIPPED, BF16, path, num_scenes=8, device=CPU)
+    return Lesson(SHIPPED, BF16, path, num_scenes=8, batch_size=2, device=CPU)
 
 
 def test_a_lesson_brings_the_shipped_model_nearer_to_its_teacher(
