@@ -26,7 +26,7 @@ from flux_nf4.formats.header import LENGTH_BYTES, encode_header, parse_header, p
 from flux_nf4.formats.keymap import STATE_PREFIX
 from flux_nf4.formats.schema import expected_shapes
 from flux_nf4.formats.survey import survey
-from flux_nf4.formats.tensorfile import write_tensor_file
+from flux_nf4.formats.tensorfile import TensorSource, write_sources
 from flux_nf4.nf4 import reference
 from flux_nf4.pipeline.image_metadata import ImageSettings, exif_and_xmp, png_texts, read_image
 from flux_nf4.pipeline.png import save_png
@@ -164,7 +164,8 @@ def file_seeds() -> list[bytes]:
         path = Path(folder) / "a.safetensors"
         for prefix, nested in (("", True), ("model.diffusion_model.", False)):
             tensors = small_transformer(prefix, nested=nested)
-            write_tensor_file(path, tensors, metadata=Facts().to_metadata())
+            sources = {name: TensorSource.of(tensor) for name, tensor in tensors.items()}
+            write_sources(path, sources, metadata=Facts().to_metadata())
             seeds.append(path.read_bytes())
     return seeds
 

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load, load_file, save, save_file
+from tensor_files import write_tensor_file
 
 from flux_nf4.errors import FormatError
 from flux_nf4.formats.dtypes import DTYPES
-from flux_nf4.formats.tensorfile import TensorFile, write_tensor_file
+from flux_nf4.formats.tensorfile import TensorFile
 
 NAMES = st.text(
     st.characters(categories=["L", "N", "P", "S"], exclude_characters="/\\"),

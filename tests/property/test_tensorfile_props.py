@@ -6,10 +6,11 @@ import struct
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tensor_files import write_tensor_file
 
 from flux_nf4.errors import FormatError
 from flux_nf4.formats.facts import METADATA_KEY, Facts
-from flux_nf4.formats.tensorfile import TensorFile, write_tensor_file
+from flux_nf4.formats.tensorfile import TensorFile
 
 FAST = settings(max_examples=300, deadline=None)
 JSON = st.recursive(

@@ -176,21 +176,6 @@ class TensorSource:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensor_file(
-    path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors to a safetensors file, byte for byte as the safetensors library would.
-
-    The file appears whole or not at all.
-
-    Raises:
-        DiskError: it could not be written; nothing is left behind.
-        FormatError: a name or a dtype that safetensors does not have.
-    """
-    sources = {name: TensorSource.of(tensor) for name, tensor in tensors.items()}
-    write_sources(path, sources, metadata=metadata)
-
-
 def write_sources(
     path: str | Path,
     sources: Mapping[str, TensorSource],

@@ -60,28 +60,3 @@ class FluxConfig:
 def axes_for_head(head_dim: int) -> tuple[int, int, int]:
     """Divide a head among the position axes as FLUX.1 does: 1/8, 7/16, 7/16 (128: 16, 56, 56)."""
     return head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16
-
-
-FLUX_1_DEV_CONFIG = FluxConfig()
-
-
-def tiny(
-    *,
-    num_heads: int = 2,
-    num_double_blocks: int = 1,
-    num_single_blocks: int = 2,
-    in_channels: int = 64,
-    guidance_embed: bool = True,
-) -> FluxConfig:
-    """A config whose weights fit a test: heads of 64 channels, so that every width fills blocks."""
-    return FluxConfig(
-        in_channels=in_channels,
-        hidden_size=64 * num_heads,
-        num_heads=num_heads,
-        num_double_blocks=num_double_blocks,
-        num_single_blocks=num_single_blocks,
-        context_dim=64,
-        pooled_dim=64,
-        axes_dim=axes_for_head(64),
-        guidance_embed=guidance_embed,
-    )

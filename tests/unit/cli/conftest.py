@@ -11,7 +11,7 @@ from PIL import Image
 
 from flux_nf4.cli import main, words
 from flux_nf4.formats.facts import Facts
-from flux_nf4.model.config import FLUX_1_DEV_CONFIG
+from flux_nf4.model.config import FluxConfig
 from flux_nf4.pipeline import events
 from flux_nf4.pipeline.request import GenerationRequest
 
@@ -87,7 +87,7 @@ class FakePipeline:
             quantization="nf4 v2",
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
-            transformer=SimpleNamespace(config=FLUX_1_DEV_CONFIG),
+            transformer=SimpleNamespace(config=FluxConfig()),
             notes=(),
         )
 

@@ -25,7 +25,7 @@ from PIL import Image
 import flux_nf4.pipeline.generate, flux_nf4.pipeline.load
 from flux_nf4.cli import main
 from flux_nf4.formats.facts import Facts
-from flux_nf4.model.config import FLUX_1_DEV_CONFIG
+from flux_nf4.model.config import FluxConfig
 from flux_nf4.pipeline import events, png_encoder
 
 def wait():
@@ -45,7 +45,7 @@ def generate(model, request):
 flux_nf4.pipeline.load.load_model = lambda path, settings: SimpleNamespace(
     variant="dev", facts=Facts(name="flux-demo", default_size=64), embeds_guidance=True,
     quantization="nf4 v2", dtype=torch.bfloat16, device=torch.device("cpu"), notes=(),
-    transformer=SimpleNamespace(config=FLUX_1_DEV_CONFIG))
+    transformer=SimpleNamespace(config=FluxConfig()))
 flux_nf4.pipeline.generate.generate = generate
 sys.exit(main(["generate", "a dog", "--preview", "-m", "demo", *sys.argv[2:]]))
 """

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_config import tiny
 
 from flux_nf4.errors import (
     Cancelled,
@@ -15,7 +16,7 @@ from flux_nf4.errors import (
     NetworkError,
     NumericalError,
 )
-from flux_nf4.model.config import FLUX_1_DEV_CONFIG, tiny
+from flux_nf4.model.config import FluxConfig
 from flux_nf4.pipeline.image_metadata import read_image
 
 
@@ -401,7 +402,7 @@ def test_images_that_were_done_before_an_error_stay(flux, pipeline, folder):
 
 @pytest.mark.parametrize(
     ("config", "size", "expected"),
-    [(tiny(), "256", [1]), (tiny(), "1024", [4]), (FLUX_1_DEV_CONFIG, "256", [4])],
+    [(tiny(), "256", [1]), (tiny(), "1024", [4]), (FluxConfig(), "256", [4])],
     ids=["small image of a narrow model", "large image", "wide model"],
 )
 def test_only_small_images_of_a_narrow_model_take_one_thread(

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensor_files import write_tensor_file
 
 from flux_nf4.errors import DiskError, FormatError, InputError, ModelNotFoundError
 from flux_nf4.formats.header import MAX_HEADER_BYTES
-from flux_nf4.formats.tensorfile import TensorFile, TensorSource, write_sources, write_tensor_file
+from flux_nf4.formats.tensorfile import TensorFile, TensorSource, write_sources
 
 
 def raw_file(path, header, data=b""):
@@ -224,11 +225,11 @@ def test_a_full_disk_is_a_disk_error_and_leaves_nothing_behind(tmp_path):
     program = (
         "import resource, signal, sys, torch\n"
         "from flux_nf4.errors import DiskError\n"
-        "from flux_nf4.formats.tensorfile import write_tensor_file\n"
+        "from flux_nf4.formats.tensorfile import TensorSource, write_sources\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try:\n"
-        "    write_tensor_file(sys.argv[1], {'a': torch.zeros(1_000_000)})\n"
+        "    write_sources(sys.argv[1], {'a': TensorSource.of(torch.zeros(1_000_000))})\n"
         "except DiskError as error:\n"
         "    sys.exit(error.exit_code)\n"
     )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_config import tiny
 
 from flux_nf4.formats.component import Component
-from flux_nf4.model.config import FluxConfig, tiny
+from flux_nf4.model.config import FluxConfig
 from flux_nf4.model.transformer import FluxTransformer
 
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_config import tiny
 
 from flux_nf4.errors import FormatError, InputError
 from flux_nf4.formats.component import Entries
 from flux_nf4.formats.facts import Facts
 from flux_nf4.model.build import build_autoencoder, build_clip, build_t5, build_transformer
-from flux_nf4.model.config import tiny
 from flux_nf4.model.fp8 import Fp8Linear
 from flux_nf4.model.rope import rope_table
 from flux_nf4.nf4.codec import NF4Weight

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_config import tiny
 
 from flux_nf4.errors import FormatError
-from flux_nf4.model.config import FluxConfig, tiny
+from flux_nf4.model.config import FluxConfig
 from flux_nf4.model.sizes import count_blocks, flux_config
 
 

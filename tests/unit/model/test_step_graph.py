@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_graphs import fake_graphs
+from tiny_config import tiny
 
 from flux_nf4.errors import FormatError
 from flux_nf4.model.build import build_transformer
-from flux_nf4.model.config import tiny
 from flux_nf4.model.fast_step import fused_step
 from flux_nf4.model.rope import rope_table
 from flux_nf4.model.step_graph import CaptureError, StepGraph
