@@ -32,6 +32,7 @@ class SignalWatch:
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._previous_hook: Callable[[sys.UnraisableHookArgs], object] = sys.unraisablehook
+        self._again: threading.Timer | None = None
 
     def __enter__(self) -> SignalWatch:
         for number in EXIT_CODES:
@@ -43,6 +44,8 @@ class SignalWatch:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        if self._again is not None:
+            self._again.cancel()
         sys.unraisablehook = self._previous_hook
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -57,5 +60,5 @@ class SignalWatch:
             return
         # To the process, and not raised in that thread: the main one may be waiting in the system.
         again = threading.Timer(_SECONDS_TO_LEAVE, os.kill, (os.getpid(), self.received))
-        again.daemon = True
+        self._again, again.daemon = again, True
         again.start()
