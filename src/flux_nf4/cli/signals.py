@@ -39,11 +39,13 @@ class SignalWatch:
             try:
                 self._previous[number] = signal.signal(number, self._raise)
             except ValueError:  # not the main thread: whoever called us there owns the signals
-                break
+                return self
         self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._send_again
         return self
 
     def __exit__(self, *_error: object) -> None:
+        if not self._previous:
+            return
         if self._again is not None:
             self._again.cancel()
         sys.unraisablehook = self._previous_hook

@@ -26,6 +26,10 @@ def expected(folder):
     return {name: draw(model, request)[0] for name, request in REQUESTS.items()}
 
 
+def planned(plan, *names):
+    return sum(phase.moved_bytes for phase in plan.phases if phase.name in names)
+
+
 def test_a_model_that_nobody_manages_is_where_it_computes(folder, expected, monkeypatch):
     monkeypatch.setattr(load, "managed_device", lambda *_: FakeDevice())
     settings = LoadSettings(device="cpu", dtype=torch.float32)
@@ -33,10 +37,6 @@ def test_a_model_that_nobody_manages_is_where_it_computes(folder, expected, monk
 
     assert not any(weight.is_meta for weight in model.transformer.parameters())
     assert draw(model, REQUESTS["plain"])[0] == expected["plain"]
-
-
-def planned(plan, *names):
-    return sum(phase.moved_bytes for phase in plan.phases if phase.name in names)
 
 
 @pytest.mark.parametrize("is_lazy", [True, False], ids=["late copies", "early copies"])
