@@ -190,9 +190,15 @@ def test_pixels_are_counted(metrics):
 
 
 def test_an_unknown_event_is_passed_over(metrics):
-    before = generate_latest(metrics.registry)
+    before = _own_lines(metrics)
     metrics.observe("something_new", anything=1)
-    assert generate_latest(metrics.registry) == before
+    assert _own_lines(metrics) == before
+
+
+def _own_lines(metrics):
+    """What the metrics say but for the process's: its time and memory go on beside the test."""
+    lines = generate_latest(metrics.registry).decode().splitlines()
+    return [line for line in lines if line.startswith("flux_nf4_")]
 
 
 def test_too_little_memory_is_counted_and_named():
