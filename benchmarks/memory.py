@@ -5,8 +5,12 @@ for says so. Random weights at FLUX.1-dev's size, written to this machine's disk
 on PyTorch's allocator; beside it stands what the driver counts for the whole device. Cases come in
 the order of what matters, and none is begun after `--seconds`:
 
-    nf4 v2 from the file under every cap, then the other storages, then Diffusers' own ways.
+    caps        nf4 v2 from the file under every cap, in both arithmetics
+    storages    the other storages in our engine
+    more        896 x 1152, and weights that stay in the file
+    peers       Diffusers' own ways, each under the smallest cap that it runs under
 
+Called again with the same output, it goes on: what has been measured is not measured anew.
 `--model tiny --device cpu` tries the script where there is no GPU.
 """
 
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,8 @@ from flux_nf4.pipeline.load import LoadSettings, Model, assemble_model
 from flux_nf4.pipeline.random_model import RandomEntries, random_checkpoint, write_random_model
 
 GIB = 2**30
+PARTS = ("caps", "storages", "more", "peers")
+NO_TIME = "not run: no time was left"
 CAPS = (None, 12.0, 8.0, 6.0, 4.0, 2.0, 1.5, 1.0)
 LINKS = {"PCIe 3.0 x16": 12.6e9, "PCIe 4.0 x8": 12.6e9, "PCIe 4.0 x16": 25.2e9}  # bytes a second
 
@@ -50,62 +57,79 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=540)
-    parser.add_argument("--part", choices=("all", "ours", "storages", "peers"), default="all")
-    parser.add_argument(
-        "--file", type=Path, help="all-in-one file to use, instead of random weights"
-    )
+    parser.add_argument("--part", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--folder", type=Path, help="where random weights lie, and stay")
+    parser.add_argument("--commit", default="unknown")
     parser.add_argument("--case", type=json.loads, help="one case, to standard output")
     options = parser.parse_args()
     if options.case is not None:
         print(json.dumps(run_case(options.case)))
         return
     end = time.monotonic() + options.seconds
-    with tempfile.TemporaryDirectory() as folder:
-        file = options.file or Path(folder) / "random.safetensors"
-        if options.file is None:
-            began = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{options.model}.safetensors"
+        if not file.exists():
             write_random_model(file, options.model)
-            _append(options.output, {"case": "write", "seconds": time.monotonic() - began})
         shared = {"model": options.model, "device": options.device, "steps": options.steps}
-        for case in cases(options.part, shared | {"file": str(file), "folder": folder}):
+        measured = _measured_before(options.output)
+        for case in cases(options.part.split(","), shared):
+            if _is_known(case, measured):
+                continue
             left = end - time.monotonic()
-            answer = {"error": "not run: no time was left"} if left < 20 else _apart(case, left)
-            _append(options.output, case | answer)
+            places = {"file": str(file), "folder": str(folder)}
+            answer = {"error": NO_TIME} if left < 20 else _apart(case | places, left)
+            measured.append(case | {"commit": options.commit} | answer)
+            with options.output.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(measured[-1]) + "\n")
+            print(json.dumps(measured[-1]), flush=True)
 
 
-def cases(part: str, shared: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every case, the most important first."""
+def cases(parts: Collection[str], shared: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every case of some parts, the most important first."""
     found: list[dict[str, Any]] = []
-    sizes = ((1024, 1024), (896, 1152)) if shared["model"] == "flux1-dev" else ((256, 256),)
-    if part in ("all", "ours"):
+    sizes = ([1024, 1024], [896, 1152]) if shared["model"] == "flux1-dev" else ([256, 256],)
+    ours = {"case": "ours", "storage": "file"}
+    if "caps" in parts:
         found += [
-            {"case": "ours", "storage": "file", "cap_gib": cap, "size": size, "arithmetic": how}
-            for how, size in (("bf16", sizes[0]), ("auto", sizes[0]), ("bf16", sizes[-1]))
+            ours | {"cap_gib": cap, "size": sizes[0], "arithmetic": how}
+            for how in ("bf16", "fp8")
             for cap in CAPS
         ]
+    if "storages" in parts:
         found += [
-            {"case": "ours", "storage": "file", "cap_gib": cap, "size": sizes[0], "ram": 0}
-            for cap in (6.0, 2.0)
-        ]
-    if part in ("all", "storages"):
-        found += [
-            {"case": "ours", "storage": storage, "cap_gib": cap, "size": sizes[0]}
+            ours | {"storage": storage, "cap_gib": cap, "size": sizes[0]}
             for cap in (12.0, 8.0, 6.0)
             for storage in ("nf4 v1", "fp8", "bf16")
         ]
-    if part in ("all", "peers"):
+    if "more" in parts:
+        found += [ours | {"cap_gib": cap, "size": sizes[-1], "arithmetic": "bf16"} for cap in CAPS]
+        found += [ours | {"cap_gib": cap, "size": sizes[0], "ram": 0} for cap in (6.0, 2.0)]
+    if "peers" in parts:
+        found += [
+            {"case": "prepare", "storage": storage, "cap_gib": None} for storage in ("bf16", "nf4")
+        ]
         found += [
             {"case": "peer", "storage": storage, "offload": offload, "cap_gib": cap}
-            for cap in (12.0, 8.0, 6.0)
             for storage, offload in memory_peers.WAYS
+            for cap in (6.0, 8.0, 12.0)
         ]
     return [shared | case for case in found]
 
 
-def _append(output: Path, line: dict[str, Any]) -> None:
-    with output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
+def _measured_before(output: Path) -> list[dict[str, Any]]:
+    if not output.exists():
+        return []
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def _is_known(case: dict[str, Any], measured: list[dict[str, Any]]) -> bool:
+    """Whether it has run, or a peer has under less: none of them plans by how much there is."""
+    keys = case.keys() - ({"cap_gib"} if case["case"] == "peer" else set())
+    return any(
+        "error" not in each and all(each.get(key) == case[key] for key in keys) for each in measured
+    )
 
 
 def _apart(case: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -126,8 +150,11 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """One case in this process."""
     is_cuda = case["device"] == "cuda"
     _cap(case)
+    measure = {
+        "ours": _measure_ours, "peer": memory_peers.measure, "prepare": memory_peers.prepare,
+    }[case["case"]]  # fmt: skip
     try:
-        measured = memory_peers.measure(case) if case["case"] == "peer" else _measure_ours(case)
+        measured = measure(case)
     except (FluxNF4Error, RuntimeError, ValueError, TypeError) as error:
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     return measured | (_memory() if is_cuda else {})

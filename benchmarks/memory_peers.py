@@ -29,13 +29,8 @@ _NUM_STEPS = 8
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Load, then a few steps at 1024 x 1024; errors are the caller's to report."""
-    if case["model"] != "flux1-dev" or case["device"] != "cuda":
-        raise NotImplementedError("peers are measured at FLUX.1-dev's size, on CUDA")
-    folder = Path(case["folder"]) / ("nf4" if case["storage"] == "nf4" else "bf16")
-    if not folder.exists():
-        _prepare(folder, is_nf4=case["storage"] == "nf4")
     began = time.perf_counter()
-    transformer = _load(folder, case)
+    transformer = _load(_folder(case), case)
     torch.cuda.reset_peak_memory_stats()
     steps_s = _steps(transformer)
     return {
@@ -43,6 +38,20 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         "step_ms": 1000 * statistics.median(steps_s[1:]),
         "steps_s": steps_s,
     }
+
+
+def _folder(case: dict[str, Any]) -> Path:
+    if case["model"] != "flux1-dev" or case["device"] != "cuda":
+        raise NotImplementedError("peers are measured at FLUX.1-dev's size, on CUDA")
+    return Path(case["folder"]) / ("nf4" if case["storage"] == "nf4" else "bf16")
+
+
+def prepare(case: dict[str, Any]) -> dict[str, Any]:
+    """Write the weights of a storage; without a cap, since bitsandbytes quantises on the device."""
+    folder, began = _folder(case), time.perf_counter()
+    if not folder.exists():
+        _prepare(folder, is_nf4=case["storage"] == "nf4")
+    return {"seconds": time.perf_counter() - began}
 
 
 def _prepare(folder: Path, *, is_nf4: bool) -> None:

@@ -17,7 +17,7 @@ stage() {
     tests) python3 -m pytest tests/gpu -q -n 6 -p no:cacheprovider -p no:benchmark --color=no -rfE ;;
     kernels) python3 -m benchmarks.kernels ;;
     step) python3 -m benchmarks.step --out "$out" --limit "$2" --commit "$commit" ${SECTIONS:+--only "$SECTIONS"} ;;
-    memory) python3 -m benchmarks.memory "$out/memory.jsonl" --seconds "$2" ${PART:+--part "$PART"} ;;
+    memory) python3 -m benchmarks.memory "$out/memory.jsonl" --seconds "$2" --commit "$commit" ${PART:+--part "$PART"} ;;
     esac
 }
 export -f stage
