@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flux_nf4.formats.tensorfile import TensorFile
 
 ALIGNMENT = 256  # of a tensor in its buffer: that of cudaMalloc, as vector loads and TMA want it
-READ_BYTES = 1 << 24  # what one thread reads at a time
+READ_BYTES = 1 << 22  # what one thread reads at a time: a block of 85 MB keeps 16 of them busy
 
 # The entry behind the path of a module, for the modules that the `build_` functions give.
 _ENTRY_PATH: Mapping[ComponentKind, Callable[[str], str]] = {

@@ -110,7 +110,9 @@ class StepGraph:
             capture.begin(None)
             output = self._blocks(*held)
             capture.end()
-        except RuntimeError as error:  # out of memory, mostly
+        except torch.OutOfMemoryError as error:
+            raise CaptureError("there is no room for them") from error
+        except RuntimeError as error:
             raise CaptureError(str(error).partition("\n")[0]) from error
         finally:
             capture.abandon()

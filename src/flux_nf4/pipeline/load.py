@@ -25,6 +25,7 @@ from flux_nf4.model.assemble import check_compute_dtype
 from flux_nf4.model.attention import AttentionWish, check_attention, choose_attention
 from flux_nf4.model.build import build_autoencoder, build_clip, build_t5, build_transformer
 from flux_nf4.model.fast_step import fast_step
+from flux_nf4.nf4 import ops
 from flux_nf4.pipeline.convert import QuantizationWish, quantize_component
 from flux_nf4.pipeline.model_memory import ModelMemory, attempt, manage, managed_device
 from flux_nf4.pipeline.sampling import LATENT_CHANNELS, PIXELS_PER_LATENT
@@ -176,6 +177,7 @@ def _managed(
     settings: LoadSettings,
 ) -> Model:
     """The model with a plan for its own size, which begins to load."""
+    ops.wake(model.device)
     model.autoencoder.is_in_strips = True  # under every plan: all of them give the same image
     modules: dict[ComponentKind, nn.Module] = {
         "transformer": model.transformer,

@@ -7,6 +7,7 @@ import torch
 from flux_nf4.errors import FormatError, InputError
 from flux_nf4.formats.bnb import (
     check_absmax_is_finite,
+    check_is_finite,
     state_bytes,
     tensors_from_weight,
     weight_from_tensors,
@@ -233,6 +234,10 @@ def test_codes_in_a_row_are_refused():
     codes, companions = on_disk()
     with pytest.raises(FormatError, match=r"must be torch.uint8 \[512, 1\]"):
         weight_from_tensors("X.weight", codes.view(1, -1), companions)
+
+
+def test_absmax_may_sum_to_more_than_float32_holds():
+    check_is_finite("X.weight", torch.full((4,), 3e38))
 
 
 @pytest.mark.parametrize("nested", [False, True])

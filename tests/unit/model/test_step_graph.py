@@ -108,7 +108,7 @@ def test_without_memory_for_graphs_it_is_said(blocks, log, monkeypatch, is_movin
     graph(*given)
     full_from(monkeypatch, log, f"begin {number}")
 
-    with pytest.raises(CaptureError, match="full"):
+    with pytest.raises(CaptureError, match="there is no room"):
         graph(*given)
     assert log[-2:] == [f"begin {number}", f"end {number}"]
 
