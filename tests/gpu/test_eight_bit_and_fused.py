@@ -10,6 +10,7 @@ from tolerances import (
     EIGHT_BIT_PRODUCT,
     EIGHT_BIT_STEP,
     FUSED_BF16,
+    INT8_ATTENTION_STEP,
     relative_error,
 )
 
@@ -185,7 +186,7 @@ def test_attention_in_eight_bits_moves_the_velocity_little(blocks):
     attend = attention.choose_attention("int8", torch.device("cuda"))
     exact = blocks.plain_step(*inputs(blocks.config, torch.float32))
     found = fused_step(blocks, *inputs(blocks.config), attend=attend)
-    assert relative_error(found, exact) < EIGHT_BIT_STEP["int8"]
+    assert relative_error(found, exact) < INT8_ATTENTION_STEP
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
