@@ -2,7 +2,8 @@
 # Everything that needs a GPU, in one go: bash benchmarks/on_gpu.sh FOLDER [STAGE=SECONDS ...]
 #
 # Stages run in the order given, each for at most its seconds, and log to FOLDER/STAGE.log; what
-# fails does not stop the next. Without any: tests=300 kernels=120 step=560 memory=540.
+# fails does not stop the next. `SECTIONS` and `PART` pick parts of `step` and `memory`; in the folder
+# `KEPT` weights and results stay, so that another call goes on. Without any: tests=300 kernels=120 step=560 memory=540.
 set -u
 cd "$(dirname "$0")/.." || exit
 out=$1
@@ -17,7 +18,11 @@ stage() {
     tests) python3 -m pytest tests/gpu -q -n 6 -p no:cacheprovider -p no:benchmark --color=no -rfE ;;
     kernels) python3 -m benchmarks.kernels ;;
     step) python3 -m benchmarks.step --out "$out" --limit "$2" --commit "$commit" ${SECTIONS:+--only "$SECTIONS"} ;;
-    memory) python3 -m benchmarks.memory "$out/memory.jsonl" --seconds "$2" --commit "$commit" ${PART:+--part "$PART"} ;;
+    memory)
+        python3 -m benchmarks.memory "${KEPT:-$out}/memory.jsonl" --seconds "$2" --commit "$commit" \
+            ${PART:+--part "$PART"} ${KEPT:+--folder "$KEPT"}
+        if [ -n "${KEPT:-}" ]; then cp "$KEPT/memory.jsonl" "$out"; fi
+        ;;
     esac
 }
 export -f stage

@@ -343,7 +343,7 @@ SECTIONS = {
     "bf16": Section(_if_possible(drawing, "bf16"), 120),
     "fp8": Section(_if_possible(drawing, "fp8"), 120),
     "int8": Section(_if_possible(drawing, "int8"), 90),
-    "peers": Section(peers, 260),
+    "peers": Section(peers, 400),
     # Once more: Triton's cache is warm now, so the first image waits for no compiler.
     "warm start fp8": Section(_if_possible(drawing, "fp8", rest=False), 60),
     "no rotation": Section(no_rotation, 60),
