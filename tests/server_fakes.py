@@ -124,6 +124,11 @@ class FakeEngine:
         """Lose the worker that draws `job`: it waits, and is drawn from the beginning."""
         self._lost.add(job.id)
 
+    def take_up(self, job):
+        """As if a server before had accepted it."""
+        self._jobs[job.id] = job
+        self._tell("replayed", reason="restart", job=job)
+
     # ---- the engine's face ----------------------------------------------------------------------
 
     async def start(self):
@@ -166,7 +171,7 @@ class FakeEngine:
             oldest = next(job for job in self._jobs.values() if job.is_finished)
             del self._jobs[oldest.id]
         self._waiting.append(job)
-        self._tell("job_queued", api=api)
+        self._tell("job_queued", api=api, job=job)
         self._wake.set()
         return job
 

@@ -198,10 +198,7 @@ def multiply(
 
 
 def wake(device: torch.device) -> threading.Thread:
-    """Start what kernels need, in a thread of its own, while weights arrive.
-
-    Triton's first kernel waits half a second for its import and for a hash of its own files.
-    """
+    """Start Triton in a thread: its import, and a hash of its own files, take half a second."""
 
     def expand() -> None:
         with contextlib.suppress(Exception):  # whoever needs a kernel is told, and soon

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ class Context:
     engine: Engine
     links: Links = field(default_factory=Links)
     rates: Rates = field(default_factory=Rates)
+
+    def __post_init__(self) -> None:
+        self.engine.on_event.append(self._on_event)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -84,16 +88,18 @@ class Context:
                 tell("rejected", reason="rate_limit")
             raise
         job = self.engine.submit(spec, owner=owner, api=api)
-        if settings.queue_timeout_s is not None:
-            loop = asyncio.get_running_loop()
-            loop.call_later(settings.queue_timeout_s, self._give_up, job.id, owner)
         log_job(job, with_prompt=settings.log_prompts)
         return job
 
-    def _give_up(self, job_id: str, owner: str) -> None:
-        job = self.engine.job(job_id, owner=owner)
-        if job is not None and job.started_at is None:
-            self.engine.cancel(job_id, cause="timeout")
+    def _on_event(self, _: str, *, job: Job | None = None, **__: object) -> None:
+        # It was accepted just now, or by the server that was here before.
+        if job is not None and self.settings.queue_timeout_s is not None:
+            left_s = max(0, job.created_at + self.settings.queue_timeout_s - time.time())
+            asyncio.get_running_loop().call_later(left_s, self._give_up, job)
+
+    def _give_up(self, job: Job) -> None:
+        if job.started_at is None:
+            self.engine.cancel(job.id, cause="timeout")
 
     def find_job(self, job_id: str, *, owner: str) -> Job:
         """The owner's job.

@@ -56,7 +56,7 @@ class Engine:
 
     `on_event` holds observers, called at once with a name and its facts; they must not raise:
 
-        job_queued      api
+        job_queued      api, job
         job_started     queue_s
         stage           stage, duration_s        when it is over; `save`: making a file
         step            duration_s
@@ -67,7 +67,7 @@ class Engine:
         rejected        reason        `queue_full`, `draining`, `not_ready`, `rate_limit`
         out_of_memory   stage, action            `failed`, or `shrunk`: to a smaller plan
         worker_restarted  device, reason
-        replayed        reason                   `worker_lost` or `restart`
+        replayed        reason, job              `worker_lost` or `restart`; the job of a restart
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Engine:
             self._journal.add(job)
         self._jobs.add(job)
         self._queue.push(job)
-        self._observe("job_queued", api=api)
+        self._observe("job_queued", api=api, job=job)
         self._hand_out()
         return job
 
@@ -276,7 +276,7 @@ class Engine:
     def _take_up(self, job: Job) -> None:
         """A job out of the journal: it was accepted by the server that was here before."""
         self._jobs.add(job)
-        self._observe("replayed", reason="restart")
+        self._observe("replayed", reason="restart", job=job)
         if job.num_attempts >= _MAX_ATTEMPTS:
             self._finish(job, "failed", error_of_loss("the server ended"))
         else:

@@ -157,3 +157,20 @@ def test_jobs_survive_the_death_of_the_server(tmp_path, pipe):
             assert [job.num_attempts for job in jobs] == [2, 1]
 
     asyncio.run(claim())
+
+
+def test_whoever_listens_hears_of_the_jobs_that_are_taken_up(tmp_path, pipe):
+    journal = tmp_path / "journal"
+
+    async def claim():
+        async with serving(journal=journal) as engine:
+            job = submit(engine, f"hold {pipe}")
+            await seen(job, "step")
+        engine, told = make_engine(journal=journal), []
+        engine.on_event.append(lambda name, **facts: told.append((name, facts.get("job"))))
+        await engine.start()
+        await engine.stop()
+        ((_, back),) = (each for each in told if each[0] == "replayed")
+        assert (back.id, back.created_at) == (job.id, job.created_at)
+
+    asyncio.run(claim())

@@ -1,12 +1,15 @@
 """How much a key may ask for in a minute, and how long its requests may wait."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import pytest
 from asgi_client import KEY, OTHER_KEY, bearer, error_of, open_client
+from engines import make_spec
 from server_fakes import FakeEngine
 
+from flux_nf4.server.jobs import Job
 from flux_nf4.server.problems import ApiError
 from flux_nf4.server.rates import Rates
 from flux_nf4.server.settings import ServeSettings
@@ -143,3 +146,17 @@ def test_what_is_drawn_is_not_given_up():
     state, _, _ = end_of_second_job(queue_timeout_s=0.01)
 
     assert state == "running"
+
+
+@pytest.mark.parametrize(("timeout_s", "cause"), [(30, "timeout"), (90, None)])
+def test_what_waited_before_a_restart_has_waited(timeout_s, cause):
+    job = Job(make_spec(), owner="", api="native", created_at=time.time() - 60)
+
+    async def run():
+        engine = FakeEngine()
+        async with open_client(engine, queue_timeout_s=timeout_s):
+            engine.take_up(job)
+            await asyncio.sleep(0.05)
+            return engine.cancel_causes.get(job.id)
+
+    assert asyncio.run(run()) == cause
