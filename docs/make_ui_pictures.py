@@ -81,7 +81,7 @@ def begin(page: Page) -> None:
 
 
 def paint(page: Page) -> None:
-    """Take the picture as a start and paint over its middle."""
+    """Take the picture as a start and paint over the thing at its right."""
     page.locator("#result-tools").get_by_role("button", name="Start from this image").click()
     page.locator("#source-paint").click()
     page.locator("#mask-size").fill("55")
@@ -89,7 +89,7 @@ def paint(page: Page) -> None:
     assert box is not None
     places = [
         (box["x"] + box["width"] * x, box["y"] + box["height"] * y)
-        for x, y in ((0.62, 0.35), (0.84, 0.38), (0.62, 0.5), (0.84, 0.55), (0.66, 0.64))
+        for x, y in ((0.6, 0.32), (0.92, 0.32), (0.6, 0.48), (0.92, 0.48), (0.6, 0.64), (0.92, 0.64))
     ]
     page.mouse.move(*places[0])
     page.mouse.down()
@@ -124,7 +124,7 @@ def photograph(browser: Browser, address: str) -> None:
     keep(page, "mask")
     page.locator("#mask-done").click()
     page.locator("#strength").fill("0.9")
-    draw(page, "an owl and a crown on a teal background")
+    draw(page, "a lion and an owl on a teal background")
     keep(page, "inpainted")
     page = visit(color_scheme="dark", **DESK)
     begin(page)
