@@ -138,18 +138,17 @@ def norm(kinds: list[eight_bit.Arithmetic]) -> Iterator[Point]:
 
 
 def rotate(_: list[eight_bit.Arithmetic]) -> Iterator[Point]:
-    """QK norm and rotation, with and without values, in both orders of heads."""
+    """QK norm and rotation, with and without values."""
     qkv, rope = random(1, TOKENS, 3 * HIDDEN + INNER), random(2, TOKENS, CHANNELS // 2).float()
     weight = torch.ones(CHANNELS, device=DEVICE)
-    for first, with_v, warps in itertools.product((False, True), (False, True), (2, 4, 8)):
+    q, k, v = (random(1, TOKENS, HEADS, CHANNELS) for _ in range(3))
+    for with_v, warps in itertools.product((False, True), (2, 4, 8)):
         with constants(fused_kernels, ROTATE_WARPS=warps):
-            sizes = TOKENS, HEADS, CHANNELS
-            q, k, v = (attention.heads_out(qkv, *sizes, heads_first=first) for _ in range(3))
             heads = (q, k, v if with_v else None)
             spent = milliseconds(
                 fused_kernels.norm_rotate_out, qkv[..., : 3 * HIDDEN], weight, weight, rope, heads
             )
-        case = {"kernel": "rotate", "heads_first": first, "values": with_v, "warps": warps}
+        case = {"kernel": "rotate", "values": with_v, "warps": warps}
         yield case | {"ms": spent, "bytes": (6 if with_v else 4) * q.nbytes}
 
 
@@ -169,18 +168,18 @@ def join(kinds: list[eight_bit.Arithmetic]) -> Iterator[Point]:
 
 
 def attend(_: list[eight_bit.Arithmetic]) -> Iterator[Point]:
-    """Every back end, with heads in both orders; values apart or within a product."""
+    """Every back end, with heads in both orders; values within a product, or in that order, too."""
     product = random(1, TOKENS, 3 * HIDDEN + INNER)
     within = product[..., : 3 * HIDDEN].unflatten(-1, (3, HEADS, CHANNELS))[:, :, 2]
     for backend, first, is_apart in itertools.product(
         attention.BACKENDS, (False, True), (False, True)
     ):
         with sdpa_kernel(backend):
-            sizes = TOKENS, HEADS, CHANNELS
-            q, k, v = (
-                attention.heads_out(product, *sizes, heads_first=first).normal_() for _ in range(3)
-            )
-            heads = [each.transpose(1, 2) for each in (q, k, v if is_apart else within)]
+            sizes = (HEADS, TOKENS) if first else (TOKENS, HEADS)
+            q, k, v = (random(1, *sizes, CHANNELS) for _ in range(3))
+            if not first:
+                q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+            heads = q, k, v if is_apart else within.transpose(1, 2)
             try:
                 spent = milliseconds(torch.nn.functional.scaled_dot_product_attention, *heads)
             except RuntimeError:

@@ -157,11 +157,6 @@ def _tricks(stepper: Stepper) -> dict[str, Callable[[], Any]]:
         "modulation table": lambda: contextlib.nullcontext(stepper.conditioned_step),
         "cuDNN attention": swap(attention, "_fastest_backend", lambda *_: flash),
         "flash attention": swap(attention, "_fastest_backend", lambda *_: cudnn),
-        "order of heads": swap(
-            fast_step,
-            "HEADS_FIRST",
-            {name: not first for name, first in attention.HEADS_FIRST.items()},
-        ),
         "all fused kernels": swap(blocks, "fast_step", None),
         "scratch buffer": swap(
             ops,

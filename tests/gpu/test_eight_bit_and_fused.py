@@ -159,15 +159,6 @@ def test_bfloat16_error_is_at_most_twice_that_of_the_plain_step(blocks):
     assert relative_error(fused_step(blocks, *given), exact) <= BF16_ERROR_RATIO * plain_error
 
 
-@pytest.mark.parametrize("heads_first", [False, True])
-@torch.no_grad()
-def test_both_orders_of_heads_give_the_same(blocks, monkeypatch, heads_first):
-    given = inputs(blocks.config)
-    expected = blocks.plain_step(*given)
-    monkeypatch.setitem(attention.HEADS_FIRST, "bf16", heads_first)
-    assert relative_error(fused_step(blocks, *given), expected) < EIGHT_BIT_STEP["int8"]
-
-
 @pytest.mark.parametrize("arithmetic", ["fp8", "int8"])
 @torch.no_grad()
 def test_eight_bits_move_the_velocity_little(blocks, arithmetic):

@@ -5,7 +5,8 @@ reaches 655 TFLOP/s at FLUX's shapes and the flash back end 332. So the first ca
 what is there on its own inputs, some tens of milliseconds, and remembers the winner for as long as
 the process lives.
 
-Nothing is copied before it: `heads_out` makes the tensors that the kernel before writes into.
+Nothing is copied before or behind it: heads lie behind tokens in memory, as products write and read
+them. (With a head's tokens side by side cuDNN was a few percent quicker at best, and no step was.)
 
 In 8 bits (queries and keys in int8, weights of values in float16) the library SageAttention
 attends, where it is installed and asked for.
@@ -27,7 +28,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flux_nf4.errors import InputError
-from flux_nf4.nf4.eight_bit import Arithmetic
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttentionWish = Literal["exact", "int8"]
@@ -42,10 +42,6 @@ BACKENDS = (
 NUM_TIMED_CALLS = 3
 # The device idles as long before timed calls, until all of them have been asked for.
 NUM_HEAD_START_CYCLES = 4_000_000
-# Memory order (B, N, S, D) instead of (B, S, N, D), by the arithmetic of the product that follows.
-# On an H200 cuDNN reaches 645 TFLOP/s with the first, values apart, and 600 with the other; but a
-# bfloat16 product reads the other as it is, and 8 bits are written anew in any case.
-HEADS_FIRST: dict[Arithmetic, bool] = {"bf16": False, "fp8": True, "int8": True}
 # SageAttention's kernels hold data types and instructions of Ampere's.
 _INT8_CAPABILITY = (8, 0)
 
@@ -79,16 +75,6 @@ def choose_attention(wish: AttentionWish, device: torch.device) -> Attend:
             hint="`pip install 'flux-nf4[sage]'`, or use `exact`",
         )
     return attend_int8
-
-
-def heads_out(
-    like: Tensor, num_tokens: int, num_heads: int, head_dim: int, *, heads_first: bool
-) -> Tensor:
-    """An uninitialised (B, S, N, D) in one memory order or the other; batch and dtype of `like`."""
-    batch = like.shape[0]
-    if heads_first:
-        return like.new_empty(batch, num_heads, num_tokens, head_dim).transpose(1, 2)
-    return like.new_empty(batch, num_tokens, num_heads, head_dim)
 
 
 def attend(q_BSND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:

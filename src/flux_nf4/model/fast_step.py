@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_nf4.model import fused
-from flux_nf4.model.attention import HEADS_FIRST, Attend, attend, heads_out
+from flux_nf4.model.attention import Attend, attend
 from flux_nf4.nf4.linear import NF4Linear
 
 if TYPE_CHECKING:
@@ -163,9 +163,8 @@ def _double(
         (txt, block.txt_attn, block.txt_mlp, txt_vectors, slice(0, num_txt)),
         (img, block.img_attn, block.img_mlp, img_vectors, slice(num_txt, None)),
     )
-    heads_first = HEADS_FIRST[arithmetic_of(block.img_attn.proj)]
-    sizes = rope_2SF.shape[1], block.img_attn.num_heads, 2 * rope_2SF.shape[2]
-    q, k, v = (heads_out(img.x, *sizes, heads_first=heads_first) for _ in range(3))
+    shape = len(img.x), rope_2SF.shape[1], block.img_attn.num_heads, 2 * rope_2SF.shape[2]
+    q, k, v = (img.x.new_empty(shape) for _ in range(3))
     for stream, attention, _, (shift, scale, *_), place in sides:
         rows = stream.norm_modulate(shift, scale, attention.qkv)
         qkv = project(attention.qkv, rows, dtype)
@@ -209,10 +208,7 @@ def _single(
 def _heads(
     block: SingleStreamBlock, qkv_BSX: Tensor, rope_2SF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads_first = HEADS_FIRST[arithmetic_of(block.linear2)]
-    sizes = qkv_BSX.shape[1], block.num_heads, 2 * rope_2SF.shape[2]
-    q, k, v = (heads_out(qkv_BSX, *sizes, heads_first=heads_first) for _ in range(3))
-    if not heads_first:
-        v = qkv_BSX.unflatten(-1, (3, *q.shape[2:]))[:, :, 2]  # as it lies there
-    fused.norm_rotate_out(qkv_BSX, block.norm, rope_2SF, (q, k, v if heads_first else None))
-    return q, k, v
+    shape = *qkv_BSX.shape[:2], block.num_heads, 2 * rope_2SF.shape[2]
+    q, k = (qkv_BSX.new_empty(shape) for _ in range(2))
+    fused.norm_rotate_out(qkv_BSX, block.norm, rope_2SF, (q, k, None))
+    return q, k, qkv_BSX.unflatten(-1, (3, *shape[2:]))[:, :, 2]  # values as they lie there

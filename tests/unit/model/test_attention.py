@@ -76,13 +76,6 @@ def test_nothing_is_measured_while_a_graph_is_captured(measured, monkeypatch):
     assert measured[1] == []
 
 
-@pytest.mark.parametrize("heads_first", [False, True])
-def test_heads_lie_in_the_order_of_choice(heads_first):
-    out = attention.heads_out(torch.zeros(2, 1), 5, 3, 64, heads_first=heads_first)
-    assert out.shape == (2, 5, 3, 64)
-    assert out.transpose(1, 2).is_contiguous() == heads_first
-
-
 @pytest.fixture
 def card(monkeypatch):
     """A device of compute capability 8.6, with the library; and the layouts it was called with."""

@@ -128,22 +128,17 @@ def heads_of_a_single_block(blocks, monkeypatch):
     return seen[-3:]
 
 
+@pytest.mark.parametrize("arithmetic", ["bf16", "int8"])
 @torch.no_grad()
-def test_attention_in_bf16_reads_what_the_kernel_before_wrote_or_a_view_of_the_product(
-    build, monkeypatch
+def test_attention_reads_what_the_kernel_before_wrote_or_a_view_of_the_product(
+    build, monkeypatch, arithmetic
 ):
     blocks = build()
+    set_arithmetic(blocks, arithmetic)
     q, _, v = heads_of_a_single_block(blocks, monkeypatch)
     heads, channels = blocks.config.num_heads, blocks.config.head_dim
     assert q.stride()[1:] == (channels, heads * channels, 1)
     assert v.stride(2) == 7 * blocks.config.hidden_size
-
-
-@torch.no_grad()
-def test_attention_in_8_bits_reads_head_after_head(build, monkeypatch):
-    blocks = build()
-    set_arithmetic(blocks, "int8")
-    assert all(each.is_contiguous() for each in heads_of_a_single_block(blocks, monkeypatch))
 
 
 def test_fused_functions_write_float32_scales_that_a_token_shares():
