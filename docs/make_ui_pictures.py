@@ -89,7 +89,8 @@ def paint(page: Page) -> None:
     assert box is not None
     places = [
         (box["x"] + box["width"] * x, box["y"] + box["height"] * y)
-        for x, y in ((0.6, 0.32), (0.92, 0.32), (0.6, 0.48), (0.92, 0.48), (0.6, 0.64), (0.92, 0.64))
+        for y in (0.32, 0.48, 0.64)
+        for x in (0.6, 0.92)
     ]
     page.mouse.move(*places[0])
     page.mouse.down()
