@@ -130,9 +130,10 @@ def _measured_before(output: Path) -> list[dict[str, Any]]:
 
 def _is_known(case: dict[str, Any], measured: list[dict[str, Any]]) -> bool:
     """Whether it has run, or a peer has under less: none of them plans by how much there is."""
-    keys = case.keys() - ({"cap_gib"} if case["case"] == "peer" else set())
+    keys = (case.keys() | {"ram"}) - ({"cap_gib"} if case["case"] == "peer" else set())
     return any(
-        "error" not in each and all(each.get(key) == case[key] for key in keys) for each in measured
+        "error" not in each and all(each.get(key) == case.get(key) for key in keys)
+        for each in measured
     )
 
 
