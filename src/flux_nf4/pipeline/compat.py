@@ -8,6 +8,7 @@ what FLUX.1-dev embeds; a seed may be given in place of a generator.
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,7 +24,13 @@ from flux_nf4.pipeline.decode import decode_latents, to_pictures
 from flux_nf4.pipeline.generate import LatentsDone, generate_latents
 from flux_nf4.pipeline.image_file import upright_size
 from flux_nf4.pipeline.limits import DEFAULT_STRENGTH, MAX_SEED, check_size, size_like
-from flux_nf4.pipeline.load import LoadSettings, Model, load_model
+from flux_nf4.pipeline.load import (
+    LoadSettings,
+    Model,
+    imitates_bfloat16,
+    load_model,
+    resolve_device,
+)
 from flux_nf4.pipeline.model_memory import until_memory_runs_out
 from flux_nf4.pipeline.request import GenerationRequest, check_whole_number
 from flux_nf4.pipeline.sampling import draw_noise_from, pack
@@ -76,6 +83,7 @@ class FluxPipeline:
         `quantization_config` states the wished format: a dict with BitsAndBytesConfig's four-bit
         keys, or such an object. Plain weights are quantised while loading; weights that are
         quantised already must agree with it. `device_map`: `auto`, or the name of a device.
+        A CPU that has no arithmetic for bfloat16 computes in float32, and a warning says so.
 
         Raises:
             ModelNotFoundError: nothing is there, or a part is missing.
@@ -94,7 +102,13 @@ class FluxPipeline:
                     hint="give one of them, or the same twice",
                 )
             dtype = dtype or compute_dtype
-        settings = LoadSettings(device=device_map or "auto", dtype=dtype, quantization=wish)
+        device = device_map or "auto"
+        if dtype == torch.bfloat16 and imitates_bfloat16(resolve_device(device)):
+            dtype = torch.float32
+            warnings.warn(
+                "this CPU has no arithmetic for bfloat16: computing in float32", stacklevel=2
+            )
+        settings = LoadSettings(device=device, dtype=dtype, quantization=wish)
         return cls(load_model(Path(pretrained_model_name_or_path), settings))
 
     def __call__(  # noqa: PLR0913  the arguments are Diffusers'

@@ -258,6 +258,15 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def imitates_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is a CPU's float32 with a detour: a convolution took 70 times as long."""
+    if device.type != "cpu":
+        return False
+    return not (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 def _cpu_capabilities() -> dict[str, object]:
     # Younger than the oldest PyTorch that is supported.
     read = getattr(torch.cpu, "get_capabilities", dict)

@@ -9,7 +9,7 @@ from tiny_pipeline import save_tiny_folder, tiny_clip_tokenizer, tiny_parts, tin
 from flux_nf4 import FluxPipeline
 from flux_nf4.errors import InputError, ModelNotFoundError, ShapeError
 from flux_nf4.model.blocks import FluxBlocks
-from flux_nf4.pipeline import tokenizers
+from flux_nf4.pipeline import compat, tokenizers
 from flux_nf4.pipeline.load import demo_path
 from flux_nf4.pipeline.sampling import draw_noise, pack
 
@@ -37,6 +37,11 @@ def _on_the_cpu(monkeypatch):
 
 
 @pytest.fixture
+def _bfloat16_is_native(monkeypatch):
+    monkeypatch.setattr(compat, "imitates_bfloat16", lambda device: False)
+
+
+@pytest.fixture
 def _tiny_tokenizers_packaged(monkeypatch):
     made = {"t5": tiny_t5_tokenizer, "clip": tiny_clip_tokenizer}
     monkeypatch.setattr(tokenizers, "packaged_tokenizer", lambda name, kind: made[kind]())
@@ -47,6 +52,7 @@ def pipeline(tiny_folder):
     return FluxPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:this CPU has no arithmetic for bfloat16")
 def test_the_call_of_the_design_runs_as_it_stands(tmp_path, monkeypatch):
     shutil.copy(demo_path(), tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -62,6 +68,13 @@ def test_the_call_of_the_design_runs_as_it_stands(tmp_path, monkeypatch):
     namespace = {}
     exec(DESIGN_CALL, namespace)
     assert namespace["image"].size == (896, 1152)
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(tiny_folder, monkeypatch):
+    monkeypatch.setattr(compat, "imitates_bfloat16", lambda device: device.type == "cpu")
+    with pytest.warns(UserWarning, match="no arithmetic for bfloat16: computing in float32"):
+        pipeline = FluxPipeline.from_pretrained(tiny_folder, torch_dtype=torch.bfloat16)
+    assert pipeline.model.dtype == torch.float32
 
 
 def test_the_demo_in_a_folder_draws_at_its_own_size(tmp_path):
@@ -113,6 +126,7 @@ def test_a_v2_file_meets_the_wish(tmp_path):
     assert FluxPipeline.from_pretrained(path, quantization_config=WISH).model.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("_bfloat16_is_native")
 def test_an_object_of_transformers_is_understood(tiny_folder):
     from transformers import BitsAndBytesConfig
 
