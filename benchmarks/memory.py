@@ -5,6 +5,7 @@ for says so. Random weights at FLUX.1-dev's size, written to this machine's disk
 on PyTorch's allocator; beside it stands what the driver counts for the whole device. Cases come in
 the order of what matters, and none is begun after `--seconds`:
 
+    loads       from opening the file to the first step, and to the second image; warmed up and not
     caps        nf4 v2 from the file under every cap, in both arithmetics
     storages    the other storages in our engine
     more        896 x 1152, and weights that stay in the file
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -41,15 +43,18 @@ from flux_nf4.memory.checkpoint_inventory import component_entries
 from flux_nf4.memory.inventory import take_inventory
 from flux_nf4.memory.plan import smallest_budget
 from flux_nf4.model.sizes import entry_shape
+from flux_nf4.pipeline.benchmark import draw
 from flux_nf4.pipeline.events import ImageDone, Notice, StepDone
 from flux_nf4.pipeline.generate import GenerationRequest, generate
-from flux_nf4.pipeline.load import LoadSettings, Model, assemble_model
+from flux_nf4.pipeline.load import LoadSettings, Model, assemble_model, load_model
 from flux_nf4.pipeline.random_model import RandomEntries, random_checkpoint, write_random_model
+from flux_nf4.pipeline.warm_up import warm_up
 
 GIB = 2**30
-PARTS = ("caps", "storages", "more", "peers")
+PARTS = ("loads", "caps", "storages", "more", "peers")
 NO_TIME = "not run: no time was left"
 CAPS = (None, 12.0, 8.0, 6.0, 4.0, 2.0, 1.5, 1.0)  # GiB
+_STEPS_OF_AN_IMAGE = 28
 LINKS = {"PCIe 3.0 x16": 12.6e9, "PCIe 4.0 x8": 12.6e9, "PCIe 4.0 x16": 25.2e9}  # bytes a second
 
 
@@ -95,6 +100,13 @@ def cases(parts: Collection[str], shared: dict[str, Any]) -> list[dict[str, Any]
     found: list[dict[str, Any]] = []
     sizes = ([1024, 1024], [896, 1152]) if shared["model"] == "flux1-dev" else ([256, 256],)
     ours = {"case": "ours", "storage": "file"}
+    if "loads" in parts:  # twice: the first process of a machine compiles kernels
+        found += [
+            {"case": "load", "cap_gib": None, "arithmetic": how, "warm_up": warm, "number": number}
+            for number in (1, 2)
+            for how in ("fp8", "bf16")
+            for warm in (False, True)
+        ]
     if "caps" in parts:
         found += [
             ours | {"cap_gib": cap, "size": sizes[0], "arithmetic": how}
@@ -156,8 +168,11 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     is_cuda = case["device"] == "cuda"
     _cap(case)
     measure = {
-        "ours": _measure_ours, "peer": memory_peers.measure, "prepare": memory_peers.prepare,
-    }[case["case"]]  # fmt: skip
+        "ours": _measure_ours,
+        "load": _measure_load,
+        "peer": memory_peers.measure,
+        "prepare": memory_peers.prepare,
+    }[case["case"]]
     try:
         measured = measure(case)
     except (FluxNF4Error, RuntimeError, ValueError, TypeError) as error:
@@ -201,6 +216,35 @@ def _checkpoint(case: dict[str, Any]) -> Checkpoint:
     return dataclasses.replace(
         checkpoint, components={**checkpoint.components, "transformer": plain}
     )
+
+
+def _measure_load(case: dict[str, Any]) -> dict[str, Any]:
+    """Seconds from the file to a model that is ready, to its first step, and of its images."""
+    began_s = time.perf_counter()
+    settings = LoadSettings(device=case["device"], arithmetic=case["arithmetic"])
+    model = load_model(case["file"], settings)
+    if case["warm_up"]:
+        deque(warm_up(model), maxlen=0)
+    ready_s = time.perf_counter() - began_s
+    side = model.facts.default_size
+    images = [
+        draw(
+            model,
+            GenerationRequest(
+                prompt=f"a fox in the snow, {number}",
+                width=side,
+                height=side,
+                num_inference_steps=_STEPS_OF_AN_IMAGE if case["device"] == "cuda" else 2,
+            ),
+        )
+        for number in range(2)
+    ]
+    before_s = sum(images[0].stages_s[stage] for stage in ("prepare", "text", "modulation"))
+    return {
+        "ready_s": ready_s,
+        "first_step_s": ready_s + before_s + images[0].steps_s[0],
+        "images": [dataclasses.asdict(image) for image in images],
+    }
 
 
 def _measure_ours(case: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,12 +32,13 @@ from flux_nf4.pipeline.load import LoadSettings, load_model, resolve_device
 from flux_nf4.pipeline.peers import PEERS, Peer, measure_peers, random_inputs
 from flux_nf4.pipeline.random_model import random_checkpoint
 from flux_nf4.pipeline.sampling import token_grid
+from flux_nf4.pipeline.warm_up import repays, warm_up
 
 # What a variant may fail with and leave the others standing.
 FAILURES = (RuntimeError, AttributeError, TypeError, ValueError, ImportError)
 _STEPS = {"flux1-dev": 28, "tiny": 4}
 _PROFILED_STEPS = 5
-_CAPPED_BYTES = int(6.5 * 2**30)
+_CAPPED_BYTES = int(5.8 * 2**30)  # 5.3 GiB, and CUDA's context
 
 
 def kernels(setting: Setting) -> Iterator[dict[str, Any]]:
@@ -103,8 +105,10 @@ def drawing(setting: Setting, arithmetic: Any, *, rest: bool = True) -> Iterator
     """From prompt to PNG in one arithmetic; steps of the other shapes; each trick left out."""
     began_s = time.perf_counter()
     model = setting.load(arithmetic=arithmetic)
-    load_s = time.perf_counter() - began_s
     (side, _), *others = setting.shapes
+    if repays(model.device):
+        deque(warm_up(model, size=(side, side)), maxlen=0)
+    load_s = time.perf_counter() - began_s
     settings = {"width": side, "height": side, "batch": 1, "arithmetic": arithmetic}
     measured = measure_drawing(model, size=(side, side), num_steps=_STEPS[setting.sizes])
     record = drawing_record(f"flux-nf4 {arithmetic}", load_s, measured)
@@ -302,18 +306,19 @@ def demo(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def capped(setting: Setting) -> Iterator[dict[str, Any]]:
-    """The peak of each stage where the plan may not keep everything."""
-    model = setting.load(arithmetic="fp8", vram=_CAPPED_BYTES)
+    """The peak of each stage where not all that an image takes has room at once."""
+    for arithmetic in ("fp8", "bf16"):
+        yield _capped(setting, arithmetic)
+
+
+def _capped(setting: Setting, arithmetic: Any) -> dict[str, Any]:
+    model = setting.load(arithmetic=arithmetic, vram=_CAPPED_BYTES)
     side, _ = setting.shapes[0]
-    for number in range(2):
-        drawn = draw(
-            model,
-            GenerationRequest(
-                prompt=f"picture {number}", width=side, height=side, num_inference_steps=8
-            ),
-        )
-        record = {"kind": "capped", "vram": _CAPPED_BYTES, "number": number}
-        yield record | asdict(drawn) | {"error": None}
+    request = GenerationRequest(prompt="a fox", width=side, height=side, num_inference_steps=8)
+    drawn = draw(model, request)
+    streamed = None if model.memory.plan is None else model.memory.plan.step_bytes
+    record = {"kind": "capped", "vram": _CAPPED_BYTES, "arithmetic": arithmetic}
+    return record | {"step_bytes": streamed} | asdict(drawn) | {"error": None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,8 @@ class FakeDevice(Device):
             while mark is not None and not mark.is_done:
                 first = self._copies.popleft()
                 first.target.copy_(first.source)
-                first.is_done = True
+                # As an event, it keeps no memory once it is done.
+                first.target, first.source, first.is_done = None, None, True
 
     reach = wait
 

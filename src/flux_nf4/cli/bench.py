@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from flux_nf4.cli.progress import Progress
     from flux_nf4.formats.checkpoint import Checkpoint
     from flux_nf4.pipeline.events import Event
-    from flux_nf4.pipeline.load import Model
+    from flux_nf4.pipeline.load import LoadSettings, Model
 
 _STAGES = ("prepare", "text", "modulation", "denoise", "decode", "png")
 
@@ -191,24 +192,19 @@ def _drawing(
 
     from flux_nf4.cli.bench_record import drawing_record
     from flux_nf4.pipeline.benchmark import measure_drawing, num_requests
-    from flux_nf4.pipeline.load import LoadSettings, assemble_model
+    from flux_nf4.pipeline.load import LoadSettings
     from flux_nf4.pipeline.threads import suited_num_threads
 
     progress.stage("load")
-    vram = parse_limit(options.vram, "--vram")
-    began_s = time.perf_counter()
-    model = assemble_model(
-        checkpoint,
-        LoadSettings(
-            device=options.device,
-            vram=vram,
-            arithmetic=options.arithmetic,
-            attention=options.attention,
-        ),
+    wish = LoadSettings(
+        device=options.device,
+        vram=parse_limit(options.vram, "--vram"),
+        arithmetic=options.arithmetic,
+        attention=options.attention,
     )
+    began_s = time.perf_counter()
+    model, (width, height) = _loaded(checkpoint, wish, asked)
     load_s = time.perf_counter() - began_s
-    own = model.facts.default_size
-    width, height = asked.width or own, asked.height or own
     steps = options.steps or default_steps(model.variant)
     threads = suited_num_threads(model, width, height, otherwise=torch.get_num_threads())
     torch.set_num_threads(threads)
@@ -230,7 +226,7 @@ def _drawing(
         "arithmetic": model.arithmetic,
         "attention": options.attention,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "vram": vram,
+        "vram": wish.vram,
         "text_tokens": model.facts.max_sequence_length,
         "threads": threads if model.device.type == "cpu" else None,
     }
@@ -239,6 +235,21 @@ def _drawing(
         model.device,
         drawing_record(f"flux-nf4 {model.arithmetic}", load_s, measured),
     )
+
+
+def _loaded(
+    checkpoint: Checkpoint, settings: LoadSettings, asked: Size
+) -> tuple[Model, tuple[int, int]]:
+    """The model, warm where that repays, and the size of its images."""
+    from flux_nf4.pipeline.load import assemble_model
+    from flux_nf4.pipeline.warm_up import repays, warm_up
+
+    model = assemble_model(checkpoint, settings)
+    own = model.facts.default_size
+    size = asked.width or own, asked.height or own
+    if repays(model.device):
+        deque(warm_up(model, size=size), maxlen=0)
+    return model, size
 
 
 def _model_facts(model: Model, random: str | None) -> dict[str, Any]:

@@ -160,9 +160,10 @@ def _outcome(
 
     is_auto = vram == "auto"
     host = measure_host() if is_auto else HostMemory(free=None, total=None)
+    host_bytes = host.for_weights(inventory.num_bytes)
     budget = Budget(
         device_bytes=_free_bytes() if is_auto else parse_memory(vram, "--vram"),
-        host_bytes=host.for_weights if options.ram is None else parse_memory(options.ram, "--ram"),
+        host_bytes=host_bytes if options.ram is None else parse_memory(options.ram, "--ram"),
         pinned_bytes=host.for_pinning,
     )
     shown = f"the free {memory_text(budget.device_bytes)}" if is_auto else vram

@@ -8,6 +8,9 @@ from pathlib import Path
 
 # CUDA's libraries, PyTorch and an image on its way take 1.5 GB; the rest is for what runs beside.
 ROOM_BYTES = 2 * 2**30
+# A process that streams everything takes as much beside weights (measured with an H200), and is to
+# take no more than its file and 1.5 GB: so the last weights of a large model stay in the file.
+_PROCESS_BYTES, _BESIDE_FILE_BYTES = 2_700_000_000, 1_500_000_000
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -18,10 +21,13 @@ class HostMemory:
     free: int | None
     total: int | None
 
-    @property
-    def for_weights(self) -> int | None:
-        """What is free, less room for all else; weights without a place are read from the file."""
-        return None if self.free is None else max(0, self.free - ROOM_BYTES)
+    def for_weights(self, num_bytes: int) -> int:
+        """How many of a model's bytes may lie there; those without a place stay in the file.
+
+        All but a tenth at most, and no more than what is free, less room for all else.
+        """
+        room = num_bytes - min(_PROCESS_BYTES - _BESIDE_FILE_BYTES, num_bytes // 10)
+        return room if self.free is None else min(room, max(0, self.free - ROOM_BYTES))
 
     @property
     def for_pinning(self) -> int | None:

@@ -93,6 +93,12 @@ class Inventory:
     sizes: Sizes
     is_fused: bool = True
 
+    @property
+    def num_bytes(self) -> int:
+        """All weights."""
+        units = (*self.t5, self.clip, *self.conditioner, *self.blocks, self.vae)
+        return self.fixed_bytes + self.t5_table_bytes + sum(unit.num_bytes for unit in units)
+
 
 def take_inventory(name: str, parts: Mapping[str, Entries], *, compute_bytes: int = 2) -> Inventory:
     """Sort the entries of a model's four parts, under canonical names, into units."""

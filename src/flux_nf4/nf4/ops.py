@@ -20,9 +20,7 @@ Shape letters, in this module only:
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -195,20 +193,6 @@ def multiply(
     else:
         out_MN = eight_bit.multiply(x_MK, x_scale_M1, w_NK, w_scale_N, bias_N, dtype)
     return out_MN.view(*rows.values.shape[:-1], len(w_NK))
-
-
-def wake(device: torch.device) -> threading.Thread:
-    """Start Triton in a thread: its import, and a hash of its own files, take half a second."""
-
-    def expand() -> None:
-        with contextlib.suppress(Exception):  # whoever needs a kernel is told, and soon
-            codes_P = torch.zeros(32, dtype=torch.uint8, device=device)
-            absmax_G = torch.zeros(1, device=device)
-            dequantize_4bit(codes_P, absmax_G, (1, 64), 64, "nf4", torch.bfloat16)
-
-    thread = threading.Thread(target=expand, daemon=True)
-    thread.start()
-    return thread
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from flux_nf4.pipeline.load import (
 from flux_nf4.pipeline.model_memory import until_memory_runs_out
 from flux_nf4.pipeline.request import GenerationRequest, check_whole_number
 from flux_nf4.pipeline.sampling import draw_noise_from, pack
+from flux_nf4.pipeline.warm_up import warm_up as draw_and_drop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,12 +79,15 @@ class FluxPipeline:
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | None = "auto",
         quantization_config: object | None = None,
+        warm_up: bool = False,
     ) -> FluxPipeline:
         """Load an all-in-one file, a folder that holds exactly one, or a Diffusers folder.
 
         `quantization_config` states the wished format: a dict with BitsAndBytesConfig's four-bit
         keys, or such an object. Plain weights are quantised while loading; weights that are
         quantised already must agree with it. `device_map`: `auto`, or the name of a device.
+        With `warm_up` it draws some steps at once, so that the first image, of the model's own
+        size, takes as long as those after it; on a GPU most of that is done while weights load.
         A CPU that has no arithmetic for bfloat16 computes in float32, and a warning says so.
 
         Raises:
@@ -109,7 +114,10 @@ class FluxPipeline:
                 "this CPU has no arithmetic for bfloat16: computing in float32", stacklevel=2
             )
         settings = LoadSettings(device=device, dtype=dtype, quantization=wish)
-        return cls(load_model(Path(pretrained_model_name_or_path), settings))
+        model = load_model(Path(pretrained_model_name_or_path), settings)
+        if warm_up:
+            deque(draw_and_drop(model), maxlen=0)
+        return cls(model)
 
     def __call__(  # noqa: PLR0913  the arguments are Diffusers'
         self,

@@ -25,11 +25,11 @@ from flux_nf4.model.assemble import check_compute_dtype
 from flux_nf4.model.attention import AttentionWish, check_attention, choose_attention
 from flux_nf4.model.build import build_autoencoder, build_clip, build_t5, build_transformer
 from flux_nf4.model.fast_step import fast_step
-from flux_nf4.nf4 import ops
 from flux_nf4.pipeline.convert import QuantizationWish, quantize_component
 from flux_nf4.pipeline.model_memory import ModelMemory, attempt, manage, managed_device
 from flux_nf4.pipeline.sampling import LATENT_CHANNELS, PIXELS_PER_LATENT
 from flux_nf4.pipeline.tokenizers import Tokenizers, load_tokenizers
+from flux_nf4.pipeline.warm_up import wake_cuda, wake_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,8 +113,9 @@ def load_model(path: str | Path | None, settings: LoadSettings | None = None) ->
         FormatError: a file is damaged, or its parts do not belong together.
         InputError: a setting does not fit the machine or the file; the variant needs an image.
     """
-    checkpoint = open_checkpoint(demo_path() if path is None else path)
-    return assemble_model(checkpoint, settings or LoadSettings())
+    settings = settings or LoadSettings()
+    wake_cuda(settings.device)
+    return assemble_model(open_checkpoint(demo_path() if path is None else path), settings)
 
 
 def assemble_model(
@@ -127,13 +128,15 @@ def assemble_model(
     Raises:
         ModelNotFoundError, FormatError, InputError: as `load_model`.
     """
+    wake_cuda(settings.device)
+    checkpoint.require_complete()
+    check_variant(checkpoint)
+    check_facts(checkpoint.facts)
+    tokenizers = load_tokenizers(checkpoint)  # while CUDA starts
     device = resolve_device(settings.device)
     dtype = settings.dtype or default_dtype(device)
     arithmetic, note = choose_arithmetic(settings.arithmetic, device)
     attend = choose_attention(settings.attention, device)
-    checkpoint.require_complete()
-    check_variant(checkpoint)
-    check_facts(checkpoint.facts)
     if settings.quantization is not None:
         components = dict(checkpoint.components)
         components["transformer"] = quantize_component(
@@ -142,7 +145,6 @@ def assemble_model(
         checkpoint = dataclasses.replace(checkpoint, components=components)
 
     components, facts = dict(checkpoint.components), checkpoint.facts
-    tokenizers = load_tokenizers(checkpoint)
     check_vocabularies(tokenizers, components)
     notes = [*checkpoint.notes, *([] if note is None else [note])]
     manager = managed_device(device, settings.vram) if is_managed else None
@@ -177,7 +179,7 @@ def _managed(
     settings: LoadSettings,
 ) -> Model:
     """The model with a plan for its own size, which begins to load."""
-    ops.wake(model.device)
+    wake_libraries(model.device)
     model.autoencoder.is_in_strips = True  # under every plan: all of them give the same image
     modules: dict[ComponentKind, nn.Module] = {
         "transformer": model.transformer,

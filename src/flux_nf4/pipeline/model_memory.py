@@ -122,7 +122,10 @@ class ModelMemory:
             self.residency.device.cap(None if vram is None else vram - CONTEXT_BYTES // 2)
 
     def _budget_of(self, vram: int | None) -> Budget:
-        host_bytes = self._host.for_weights if self._ram is None else self._ram
+        assert self.inventory is not None
+        host_bytes = self._ram
+        if host_bytes is None:
+            host_bytes = self._host.for_weights(self.inventory.num_bytes)
         pinned_bytes = self._host.for_pinning
         if vram is not None:
             return Budget(device_bytes=vram, host_bytes=host_bytes, pinned_bytes=pinned_bytes)

@@ -37,7 +37,7 @@ from flux_nf4.server.frames import take_shared
 from flux_nf4.server.jobs import JobSpec
 from flux_nf4.server.model_facts import capabilities
 from flux_nf4.server.parent import Parent
-from flux_nf4.server.warm_up import repays, warm_up
+from flux_nf4.server.warm_up import warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,6 +85,7 @@ class Worker:
         import torch
 
         from flux_nf4.pipeline.load import LoadSettings, load_model, resolve_device
+        from flux_nf4.pipeline.warm_up import repays
 
         self.parent = parent
         self.default_threads = torch.get_num_threads()

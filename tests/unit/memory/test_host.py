@@ -57,11 +57,17 @@ def test_without_a_limit_a_container_has_what_there_is(monkeypatch, tmp_path, li
 
 
 @pytest.mark.parametrize(
-    ("free", "for_weights"),
-    [(5 * GIB, 5 * GIB - ROOM_BYTES), (GIB, 0), (None, None)],
+    ("free", "for_weights"), [(5 * GIB, 5 * GIB - ROOM_BYTES), (GIB, 0), (None, 36 * 10**9 // 10)]
 )
 def test_room_is_left_for_everything_else(free, for_weights):
-    assert HostMemory(free=free, total=8 * GIB).for_weights == for_weights
+    assert HostMemory(free=free, total=8 * GIB).for_weights(4 * 10**9) == for_weights
+
+
+@pytest.mark.parametrize("file_bytes", [12 * 10**9, 33 * 10**9])
+def test_a_process_takes_no_more_than_its_file_and_a_gigabyte_and_a_half(file_bytes):
+    process_bytes = 27 * 10**8  # beside weights
+    host = HostMemory(free=64 * GIB, total=64 * GIB)
+    assert host.for_weights(file_bytes) + process_bytes <= file_bytes + 15 * 10**8
 
 
 def test_on_a_machine_without_room_weights_stay_in_the_file(open_on, folder, monkeypatch):
@@ -79,7 +85,7 @@ def test_on_a_machine_without_room_weights_stay_in_the_file(open_on, folder, mon
 def test_no_more_than_half_of_main_memory_is_pinned(open_on, folder, monkeypatch):
     expected, _ = draw(unmanaged(folder), wish())
     least = budgets(open_on(FakeDevice()), wish())[0]
-    unbounded = open_on(FakeDevice(), least, ram=GIB)
+    unbounded = open_on(FakeDevice(), least)
     draw(unbounded, wish())
     total = unbounded.memory.plan.bytes_in("pinned")
     hosted(monkeypatch, free=16 * GIB, total=total)
@@ -87,7 +93,7 @@ def test_no_more_than_half_of_main_memory_is_pinned(open_on, folder, monkeypatch
 
     images, _ = draw(model, wish())
 
-    assert homes(model) == {"pinned", "pageable"}
+    assert homes(model) == {"pinned", "pageable", "file"}
     assert model.memory.plan.bytes_in("pinned") <= total // 2
     assert images == expected
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 from typing import Any
 
 import pytest
@@ -155,22 +154,3 @@ def test_nested_operator_refuses_three_tensors() -> None:
     values = arguments(random_weight(nested=True))
     with pytest.raises(InputError, match="got 3 tensors in blocks of 256"):
         ops.dequantize_4bit_nested(*replaced(values, 1, values[1][:3]))
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda:99"])
-def test_waking_kernels_disturbs_nobody(device, monkeypatch):
-    complaints = []
-    monkeypatch.setattr(threading, "excepthook", complaints.append)
-
-    thread = ops.wake(torch.device(device))
-    thread.join()
-
-    assert not complaints
-
-
-def test_waking_runs_a_kernel(monkeypatch):
-    shapes = []
-    monkeypatch.setattr(ops, "dequantize_4bit", lambda codes, absmax, *how: shapes.append(how[0]))
-    ops.wake(torch.device("cpu")).join()
-
-    assert shapes == [(1, 64)]

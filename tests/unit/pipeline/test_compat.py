@@ -9,7 +9,7 @@ from tiny_pipeline import save_tiny_folder, tiny_clip_tokenizer, tiny_parts, tin
 from flux_nf4 import FluxPipeline
 from flux_nf4.errors import InputError, ModelNotFoundError, ShapeError
 from flux_nf4.model.blocks import FluxBlocks
-from flux_nf4.pipeline import compat, tokenizers
+from flux_nf4.pipeline import compat, generate, tokenizers
 from flux_nf4.pipeline.load import demo_path
 from flux_nf4.pipeline.sampling import draw_noise, pack
 
@@ -75,6 +75,17 @@ def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(tiny_folder, mon
     with pytest.warns(UserWarning, match="no arithmetic for bfloat16: computing in float32"):
         pipeline = FluxPipeline.from_pretrained(tiny_folder, torch_dtype=torch.bfloat16)
     assert pipeline.model.dtype == torch.float32
+
+
+def test_a_warm_up_draws_before_the_pipeline_is_given(tiny_folder, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(
+        generate, "generate", lambda _, request: prompts.append(request.prompt) or ()
+    )
+    for is_wanted in (False, True):
+        FluxPipeline.from_pretrained(tiny_folder, warm_up=is_wanted)
+
+    assert prompts == ["warm-up"]
 
 
 def test_the_demo_in_a_folder_draws_at_its_own_size(tmp_path):
