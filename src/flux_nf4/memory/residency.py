@@ -182,7 +182,6 @@ class Residency:
 
     Raises:
         torch.OutOfMemoryError: not even what is on the device at all times has room.
-        FormatError: a file cannot be read or is damaged.
     """
 
     def __init__(self, device: Device, contents: Mapping[str, Contents]) -> None:
@@ -200,7 +199,6 @@ class Residency:
             table = place.value(place.component.entries[place.entry_name])
             place.put(table.to(place.outline.dtype))
         self._hold(FIXED, background=False)
-        self.need(FIXED)
 
     @property
     def moved_bytes(self) -> int:
@@ -233,8 +231,9 @@ class Residency:
             return
         self.plan = plan
         self._placements = {each.unit.name: each for each in plan.placements}
-        kept = [name for name, each in self._placements.items() if each.use == "kept"]
-        for name in self._kept.keys() - {FIXED, *kept}:
+        used = self._placements.items()
+        kept = [FIXED, *(name for name, each in used if each.use == "kept")]
+        for name in self._kept.keys() - set(kept):
             self._drop(name)
         self._mover.settle({name: each.home for name, each in self._placements.items()})
         for name in kept:
@@ -266,6 +265,7 @@ class Residency:
         slots = dict(zip(streamed, slots_in_turn(len(streamed), ring.num_slots), strict=True))
         moves = [(unit, slots.get(unit, OWN)) for unit in [*moving, *(num_passes - 1) * streamed]]
         running = _Running(ring=[], free=set(range(ring.num_slots)), upcoming=deque(moves))
+        self.need(FIXED)
         try:
             running.ring += (self.device.allocate(ring.slot_bytes) for _ in range(ring.num_slots))
             self._running = running

@@ -36,10 +36,15 @@ if TYPE_CHECKING:
 Rows: TypeAlias = Tensor | QuantizedRows
 
 
+def has_kernels(device_type: str) -> bool:
+    """Whether there are Triton versions for tensors of a device; they are not imported yet."""
+    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 @cache
 def kernels(device_type: str) -> ModuleType | None:
     """The Triton versions, where they serve tensors of this device."""
-    if device_type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if has_kernels(device_type):
         from flux_nf4.model import fused_kernels
 
         return fused_kernels

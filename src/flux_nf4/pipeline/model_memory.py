@@ -325,7 +325,7 @@ def manage(
     entries = component_entries(components)
     inventory = replace(
         take_inventory(name, entries, compute_bytes=dtype.itemsize),
-        is_fused=fused.kernels(device.device.type) is not None,
+        is_fused=fused.has_kernels(device.device.type),
     )
     free_bytes = device.free_bytes()
     try:

@@ -55,6 +55,26 @@ def test_after_a_file_that_could_not_be_read_the_next_image_is_right(
     assert draw(model, wish()) == (expected, [])
 
 
+def test_what_every_phase_uses_is_read_again_where_it_did_not_arrive(
+    open_on, expected, monkeypatch
+):
+    budget = budgets(open_on(FakeDevice()), wish())[0]
+    fill, failing = Contents.fill, [True]
+
+    def failing_fill(contents, buffer, threads):
+        if failing and any(place.entry_name == "img_in.weight" for place in contents.places):
+            raise FormatError("cannot be read")
+        fill(contents, buffer, threads)
+
+    monkeypatch.setattr(Contents, "fill", failing_fill)
+    model = open_on(FakeDevice(), budget)
+    with pytest.raises(FormatError, match="cannot be read"):
+        draw(model, wish())
+
+    failing.clear()
+    assert draw(model, wish()) == (expected, [])
+
+
 def test_an_error_that_nobody_foresaw_reaches_who_waits(open_on, errors):
     model = open_on(FakeDevice(), budgets(open_on(FakeDevice()), wish())[0])
     errors[contents_of(model, "blocks.double.1")] = KeyError("unforeseen")
