@@ -55,6 +55,7 @@ PARTS = ("loads", "caps", "storages", "more", "peers")
 NO_TIME = "not run: no time was left"
 CAPS = (None, 12.0, 8.0, 6.0, 4.0, 2.0, 1.5, 1.0)  # GiB
 _STEPS_OF_AN_IMAGE = 28
+_ALIGNMENT_BYTES = 2**20
 LINKS = {"PCIe 3.0 x16": 12.6e9, "PCIe 4.0 x8": 12.6e9, "PCIe 4.0 x16": 25.2e9}  # bytes a second
 
 
@@ -293,6 +294,7 @@ def _budget(checkpoint: Checkpoint, case: dict[str, Any]) -> int:
     inventory = take_inventory("", entries, compute_bytes=2)
     inventory = dataclasses.replace(inventory, is_fused=True)
     least = smallest_budget(inventory, Workload(width=width, height=height))
+    least += _ALIGNMENT_BYTES  # of weights in their buffers, which are not made yet
     return max(cap_bytes + CONTEXT_BYTES // 2, min(least, cap_bytes + CONTEXT_BYTES))
 
 

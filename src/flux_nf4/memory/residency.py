@@ -19,7 +19,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import PriorityQueue
 from typing import TYPE_CHECKING
@@ -79,12 +79,9 @@ class Mover:
         self._moves: PriorityQueue[Move] = PriorityQueue()
         self._numbers = itertools.count()
         self.moved_bytes = 0
-        threading.Thread(target=_work, args=(weakref.ref(self), self._moves), daemon=True).start()
-
-    def __del__(self) -> None:
-        """End the thread, which waits for a move."""
-        self._moves.put(Move(_RUNNING, -1, "", None, None))
-        self._readers.shutdown(wait=False)
+        thread = threading.Thread(target=_work, args=(weakref.ref(self), self._moves), daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, thread, self._moves, self._readers)
 
     def settle(self, homes: Mapping[str, str]) -> None:
         """Learn where units live, and let go of what lives in host memory no more."""
@@ -161,6 +158,14 @@ def _work(mover_ref: weakref.ref[Mover], moves: PriorityQueue[Move]) -> None:
             return
         mover.do(move)
         del mover, move
+
+
+def _end(thread: threading.Thread, moves: PriorityQueue[Move], readers: Executor) -> None:
+    """End a mover's thread, also where Python ends: inside PyTorch it would abort the process."""
+    moves.put(Move(_RUNNING, -1, "", None, None))
+    readers.shutdown(wait=False)
+    if thread is not threading.current_thread():
+        thread.join()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -87,6 +87,7 @@ def _in_thread(do: Callable[[], object]) -> threading.Thread:
         with contextlib.suppress(Exception):  # whoever needs it is told, and soon
             do()
 
-    thread = threading.Thread(target=run, daemon=True)
+    # No daemon: one that is inside PyTorch when Python ends takes the process down with it.
+    thread = threading.Thread(target=run)
     thread.start()
     return thread

@@ -1,6 +1,9 @@
 """Weights that do not arrive: who waits is told, and the next image is right."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from fake_device import FakeDevice
@@ -73,6 +76,38 @@ def test_what_every_phase_uses_is_read_again_where_it_did_not_arrive(
 
     failing.clear()
     assert draw(model, wish()) == (expected, [])
+
+
+ENDING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from fake_device import FakeDevice
+from flux_nf4.pipeline import load
+
+class Slow(FakeDevice):
+    def copy(self, target, source, *, after):
+        x = torch.ones(1500, 1500)
+        for _ in range(4):
+            x @ x  # without Python's lock
+        return super().copy(target, source, after=after)
+
+load.managed_device = lambda *_: Slow()
+model = load.load_model(sys.argv[2], load.LoadSettings(device="cpu", vram=2**40))
+raise SystemExit(3)
+"""
+
+
+def test_a_program_that_ends_while_weights_arrive_ends_as_it_would(folder):
+    tests = str(Path(__file__).parents[2])
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDING, tests, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    assert (ended.returncode, ended.stderr) == (3, "")
 
 
 def test_an_error_that_nobody_foresaw_reaches_who_waits(open_on, errors):

@@ -1,5 +1,7 @@
 """What is begun before the first image: libraries that wake, and a drawing that nobody wants."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -106,6 +108,25 @@ def test_waking_libraries_runs_a_kernel_and_a_convolution(monkeypatch):
         thread.join()
 
     assert sorted(map(tuple, shapes)) == [(1, 64), (8, 8, 6, 6)]
+
+
+ENDING = """
+import torch
+from flux_nf4.nf4 import ops
+from flux_nf4.pipeline.warm_up import wake_libraries
+
+x = torch.ones(1500, 1500)
+ops.dequantize_4bit = lambda *_: [x @ x for _ in range(6)]  # without Python's lock
+wake_libraries(torch.device("cpu"))
+raise SystemExit(3)
+"""
+
+
+def test_a_program_that_ends_meanwhile_ends_as_it_would():
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDING], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (3, "")
 
 
 def test_only_a_gpu_repays_a_warm_up():
