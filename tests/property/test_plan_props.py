@@ -168,9 +168,20 @@ def test_the_largest_size_fits_and_one_step_wider_does_not(inventory, workload, 
         make_plan(inventory, wider, budget)
 
 
+def blocks_of(sizes):
+    return [Unit(name=f"blocks.{i}", num_bytes=size) for i, size in enumerate(sizes)]
+
+
+@given(st.lists(st.integers(1, 3), max_size=40))
+def test_no_block_stays_before_a_larger_one(sizes):
+    order = keep_order(blocks_of(sizes))
+    assert sorted(order) == list(range(len(sizes)))
+    assert [sizes[index] for index in order] == sorted(sizes, reverse=True)
+
+
 @given(st.integers(1, 100), st.integers(0, 100))
 def test_blocks_that_stay_lie_evenly_among_those_that_do_not(num_blocks, num_resident):
-    chosen = set(keep_order(num_blocks)[:num_resident])
+    chosen = set(keep_order(blocks_of(num_blocks * [1]))[:num_resident])
     counts = list(itertools.accumulate(index in chosen for index in range(num_blocks)))
     share = len(chosen) / num_blocks
 

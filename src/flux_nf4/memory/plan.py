@@ -13,7 +13,7 @@ No torch here, not even indirectly: a plan is made before anything is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flux_nf4.errors import DoesNotFitError
@@ -83,9 +83,23 @@ def _does_not_fit(inventory: Inventory, workload: Workload, budget: Budget) -> D
     )
 
 
-def keep_order(num_blocks: int) -> tuple[int, ...]:
-    """Which block stays on the device first; the others lie evenly between, however many stay."""
-    return tuple(sorted(range(num_blocks), key=lambda index: (index * _GOLDEN % 65536, index)))
+def keep_order(blocks: Sequence[Unit]) -> tuple[int, ...]:
+    """Which block stays on the device first; the others lie evenly between, however many stay.
+
+    The largest first: each computes for as long as any other, so a step waits for these.
+    """
+    sizes: dict[int, list[int]] = {}
+    for index, block in enumerate(blocks):
+        sizes.setdefault(block.num_bytes, []).append(index)
+
+    def turn(place: int) -> int:
+        return place * _GOLDEN % 65536
+
+    return tuple(
+        sizes[size][place]
+        for size in sorted(sizes, reverse=True)
+        for place in sorted(range(len(sizes[size])), key=turn)
+    )
 
 
 def _batch_sizes(num_images: int) -> tuple[int, ...]:
@@ -127,7 +141,7 @@ class _Case:
     ) -> None:
         self.inventory, self.workload, self.machine = inventory, workload, machine
         self.batch_size = batch_size
-        order = keep_order(len(inventory.blocks))
+        order = keep_order(inventory.blocks)
         self.blocks = tuple(inventory.blocks[index] for index in order)
         # What is kept between images comes in this order, T5 layer by layer from the first: it
         # computes while the others arrive.
