@@ -23,9 +23,10 @@ from flux_nf4.pipeline.chart import (
     ticks,
 )
 
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, MUTED)
-_WIDTH, _HEIGHT, _LEFT, _TOP = 860, 380, 70, 60
-_NAMES = 190  # what stands at the right of the lines
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b45309")
+_WIDTH, _HEIGHT, _LEFT, _TOP = 860, 440, 70, 60
+_NAMES = 230  # what stands at the right of the lines
+_LINE, _CHARACTER = 15, 7.5  # of a name, in pixels
 _HEAD = (
     "cap, GiB", "ms a step", "of uncapped", "GB moved a step", "peak, GiB", "planned, GiB",
     "whole device, GiB", "to the first step, s", "new prompt, s",
@@ -70,15 +71,21 @@ def _name(record: Record) -> str:
 
 
 def chart(ways: Mapping[str, Sequence[Record]]) -> str:
-    """Milliseconds a step over the cap; caps stand side by side, the smallest at the right."""
+    """Milliseconds a step over the cap; caps stand side by side, the smallest at the right.
+
+    Of images of 1024 x 1024 from main memory; what others take is grey.
+    """
     found = {
-        name: {_cap(case): case["step_ms"] for case in cases if "step_ms" in case}
+        name: points
         for name, cases in ways.items()
+        if " x " not in name
+        and "from the file" not in name
+        and (points := {_cap(case): case["step_ms"] for case in cases if "step_ms" in case})
     }
     caps = list(dict.fromkeys(_cap(case) for cases in ways.values() for case in cases))
     caps.sort(key=lambda cap: -float("inf") if cap == "none" else -float(cap))
     page = Page(_WIDTH, _HEIGHT)
-    if not any(found.values()):
+    if not found:
         page.text(24, 36, "nothing was measured", colour=MUTED)
         return page.to_svg()
     highest = 1.1 * max(ms for points in found.values() for ms in points.values())
@@ -91,21 +98,30 @@ def chart(ways: Mapping[str, Sequence[Record]]) -> str:
         x_range=(0, max(1, len(caps) - 1)),
         y_range=(0, highest),
     )
-    panel.title("ms a step, by what tensors may take")
+    panel.title("ms a step, by what tensors may take (names: how weights are stored, arithmetic)")
     for value in ticks(0, highest):
         panel.line([(0, value), (max(1, len(caps) - 1), value)], GRID)
         page.text(_LEFT - 8, panel.at(0, value)[1] + 4, f"{value:g}", anchor="end", colour=MUTED)
     for number, cap in enumerate(caps):
         label = "no cap" if cap == "none" else f"{cap} GiB"
         page.text(panel.at(number, 0)[0], _HEIGHT - 36, label, anchor="middle", colour=MUTED)
-    for (name, points), colour in zip(found.items(), COLOURS * len(found), strict=False):
-        places = [(caps.index(cap), ms) for cap, ms in points.items()]
-        panel.line(sorted(places), colour, width=2)
+    colours, names = iter(COLOURS * len(found)), []
+    for name, points in found.items():
+        colour = MUTED if name.startswith("Diffusers") else next(colours)
+        places = sorted((caps.index(cap), ms) for cap, ms in points.items())
+        panel.line(places, colour, width=2)
         for x, y in places:
             page.dot(*panel.at(x, y), colour, title=f"{name}: {y:.1f} ms")
-        if places:
-            x, y = panel.at(*max(places))
-            page.text(x + 10, y + 4, name, colour=colour)
+        x, y = panel.at(*places[-1])
+        names.append((y + 4, x + 10, name, colour))
+    placed: list[tuple[float, float, float]] = []  # left, right, baseline
+    for y, x, name, colour in sorted(names, reverse=True):  # from the lowest up, none on another
+        right = x + _CHARACTER * len(name)
+        for left, end, taken in placed:
+            if left < right and x < end and abs(taken - y) < _LINE:
+                y = taken - _LINE
+        placed.append((x, right, y))
+        page.text(x, y, name, colour=colour)
     return page.to_svg()
 
 
@@ -122,7 +138,8 @@ def tables(ways: Mapping[str, Sequence[Record]]) -> str:
 
 def _row(case: Record, full_ms: float | None) -> str:
     if "step_ms" not in case:
-        return f"| {_cap(case)} | {case['error']} |" + " |" * (len(_HEAD) - 2)
+        error = case["error"].partition(". ")[0]
+        return f"| {_cap(case)} | {error} |" + " |" * (len(_HEAD) - 2)
     new = case.get("new_prompt", {})
     share = "" if full_ms is None or case["cap_gib"] is None else f"{case['step_ms'] / full_ms:.3f}"
     values = (
