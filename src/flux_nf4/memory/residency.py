@@ -213,9 +213,13 @@ class Residency:
     def watch(self, unit: str, module: nn.Module) -> None:
         """Ask for a unit whenever a module is called."""
         self._units[module] = unit
+        # Its modules do not keep it: else a model that is dropped would stay until Python looks.
+        residency_ref = weakref.ref(self)
 
         def ask(*_: object) -> None:
-            self.need(unit)
+            residency = residency_ref()
+            if residency is not None:
+                residency.need(unit)
 
         module.register_forward_pre_hook(ask)
 
