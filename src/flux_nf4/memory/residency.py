@@ -41,6 +41,7 @@ NUM_STAGING = 2  # one is read into while the other is copied from
 LOOKAHEAD = 6  # units of the loop that are asked for before they are needed
 OWN = -1  # in place of a slot: a buffer of its own
 _RUNNING, _BACKGROUND = 0, 1
+_PATIENCE_S = 10.0  # for a move at the end of the process: its file may be on a disk that has gone
 
 
 @dataclass(order=True, slots=True)
@@ -165,7 +166,7 @@ def _end(thread: threading.Thread, moves: PriorityQueue[Move], readers: Executor
     moves.put(Move(_RUNNING, -1, "", None, None))
     readers.shutdown(wait=False)
     if thread is not threading.current_thread():
-        thread.join()
+        thread.join(_PATIENCE_S)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
