@@ -307,7 +307,8 @@ def _budget(checkpoint: Checkpoint, case: dict[str, Any]) -> int:
     """
     cap_bytes, (width, height) = int(case["cap_gib"] * GIB), case["size"]
     entries = component_entries(checkpoint.components)
-    inventory = take_inventory("", entries, compute_bytes=2)
+    is_eight_bit = case.get("arithmetic", "bf16") != "bf16"
+    inventory = take_inventory("", entries, compute_bytes=2, is_eight_bit=is_eight_bit)
     inventory = dataclasses.replace(inventory, is_fused=True)
     least = smallest_budget(inventory, Workload(width=width, height=height))
     least += _ALIGNMENT_BYTES  # of weights in their buffers, which are not made yet

@@ -43,6 +43,7 @@ class Walk:
         self.device.take("context", plan.budget.context_bytes)
         self.device.take("slack", SLACK_BYTES)
         self.device.take("fixed", inventory.fixed_bytes)
+        self.device.take("row scales", inventory.row_scale_bytes)
         for placement in plan.placements:
             if placement.use == "kept":
                 self.device.take(placement.unit.name, placement.unit.num_bytes)

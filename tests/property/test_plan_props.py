@@ -51,6 +51,7 @@ INVENTORIES = st.builds(
     blocks=units("blocks.single", 200, 12),
     vae=st.integers(1, 200 * MIB).map(lambda drawn: Unit(name="vae", num_bytes=drawn)),
     fixed_bytes=st.integers(0, 20 * MIB),
+    row_scale_bytes=st.integers(0, 20 * MIB),
     t5_table_bytes=st.integers(0, 200 * MIB),
     t5_scratch_bytes=st.integers(0, 90 * MIB),
     conditioner_scratch_bytes=st.integers(0, 90 * MIB),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -36,7 +36,12 @@ class Stored:
     @property
     def is_packed(self) -> bool:
         """Whether a weight stays as it is stored, and is expanded at each use."""
-        return self.form.startswith(("nf4", "fp4", "fp8"))
+        return self.is_four_bit or self.form.startswith("fp8")
+
+    @property
+    def is_four_bit(self) -> bool:
+        """Whether its products may be in 8 bits."""
+        return self.form.startswith(("nf4", "fp4"))
 
 
 Entries: TypeAlias = Mapping[str, Stored]
@@ -74,9 +79,10 @@ class Inventory:
     """A model's units in order of use.
 
     `fixed_bytes` are on the device at all times: biases and norms of the blocks, and the layers
-    before and after them. `t5_table_bytes` never are: a prompt reads 512 rows of 32,128, so they
-    are looked up in host memory. `*_scratch_bytes` is the largest weight, expanded for its use.
-    `is_fused`: between products of a step run kernels of our own.
+    before and after them; so are `row_scale_bytes`, which no file holds. `t5_table_bytes` never
+    are: a prompt reads 512 rows of 32,128, so they are looked up in host memory.
+    `*_scratch_bytes` is the largest weight, expanded for its use. `is_fused`: between products of
+    a step run kernels of our own.
     """
 
     name: str
@@ -91,6 +97,7 @@ class Inventory:
     conditioner_scratch_bytes: int
     block_scratch_bytes: int
     sizes: Sizes
+    row_scale_bytes: int = 0
     is_fused: bool = True
 
     @property
@@ -100,8 +107,17 @@ class Inventory:
         return self.fixed_bytes + self.t5_table_bytes + sum(unit.num_bytes for unit in units)
 
 
-def take_inventory(name: str, parts: Mapping[str, Entries], *, compute_bytes: int = 2) -> Inventory:
-    """Sort the entries of a model's four parts, under canonical names, into units."""
+def take_inventory(
+    name: str,
+    parts: Mapping[str, Entries],
+    *,
+    compute_bytes: int = 2,
+    is_eight_bit: bool = False,
+) -> Inventory:
+    """Sort the entries of a model's four parts, under canonical names, into units.
+
+    `is_eight_bit`: the blocks' weights are expanded to 8 bits, and keep two float32 scales a row.
+    """
     transformer, t5, vae = parts["transformer"], parts["t5"], parts["vae"]
     # Its projection is checked when it is loaded, and left out.
     clip = {each: entry for each, entry in parts["clip"].items() if each != CLIP_PROJECTION}
@@ -128,6 +144,10 @@ def take_inventory(name: str, parts: Mapping[str, Entries], *, compute_bytes: in
             name=unit_name, num_bytes=sized(entries), weights_per_token=num_weights // share
         )
 
+    block_entries = [units[each] for each in blocks]
+    four_bit = [
+        entry for entries in block_entries for entry in entries.values() if entry.is_four_bit
+    ]
     return Inventory(
         name=name,
         t5=tuple(unit(each, layers[each]) for each in sorted(layers, key=_order)),
@@ -136,10 +156,15 @@ def take_inventory(name: str, parts: Mapping[str, Entries], *, compute_bytes: in
         blocks=tuple(unit(each, units[each]) for each in sorted(blocks, key=_order)),
         vae=unit("vae", vae),
         fixed_bytes=sized(fixed) + sized(rest),
+        row_scale_bytes=sum(2 * SCALE_BYTES * entry.shape[0] for entry in four_bit if is_eight_bit),
         t5_table_bytes=sized(table),
-        t5_scratch_bytes=_scratch(layers.values(), compute_bytes),
-        conditioner_scratch_bytes=_scratch((units[each] for each in conditioner), compute_bytes),
-        block_scratch_bytes=_scratch((units[each] for each in blocks), compute_bytes),
+        t5_scratch_bytes=_scratch(layers.values(), lambda _: compute_bytes),
+        conditioner_scratch_bytes=_scratch(
+            (units[each] for each in conditioner), lambda _: compute_bytes
+        ),
+        block_scratch_bytes=_scratch(
+            block_entries, lambda each: 1 if is_eight_bit and each.is_four_bit else compute_bytes
+        ),
         sizes=_sizes(transformer, t5, clip, vae, compute_bytes),
     )
 
@@ -176,14 +201,15 @@ def _order(unit_name: str) -> tuple[int, int]:
     return (kinds.index(kind), int(index[0]) if index else 0) if kind in kinds else (0, int(kind))
 
 
-def _scratch(units: Iterable[Entries], compute_bytes: int) -> int:
+def _scratch(units: Iterable[Entries], value_bytes: Callable[[Stored], int]) -> int:
+    """The largest weight, expanded to so many bytes a value."""
     packed = (
-        math.prod(entry.shape)
+        math.prod(entry.shape) * value_bytes(entry)
         for entries in units
         for entry in entries.values()
         if entry.is_packed and len(entry.shape) == 2
     )
-    return max(packed, default=0) * compute_bytes
+    return max(packed, default=0)
 
 
 def _sizes(

@@ -183,7 +183,7 @@ class _Case:
 
     @property
     def _always(self) -> int:
-        return self.inventory.fixed_bytes + SLACK_BYTES
+        return self.inventory.fixed_bytes + self.inventory.row_scale_bytes + SLACK_BYTES
 
     def _states(self) -> Iterator[tuple[int, int]]:
         """The loop's choices, the most on the device last: (slots, blocks on the device)."""

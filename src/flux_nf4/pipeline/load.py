@@ -192,6 +192,7 @@ def _managed(
         device,
         name=f"{model.facts.name} {model.quantization}",
         dtype=model.dtype,
+        arithmetic=model.arithmetic,
         vram=settings.vram,
         ram=settings.ram,
     )

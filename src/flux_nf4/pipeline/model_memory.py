@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flux_nf4.memory.inventory import Inventory
     from flux_nf4.memory.placement import Phase, Plan
     from flux_nf4.model.blocks import FluxBlocks
+    from flux_nf4.nf4.eight_bit import Arithmetic
     from flux_nf4.pipeline.conditioning import Text
 
     Parts = Mapping[ComponentKind, tuple[nn.Module, Component]]
@@ -308,6 +309,7 @@ def manage(
     *,
     name: str,
     dtype: torch.dtype,
+    arithmetic: Arithmetic,
     vram: int | None,
     ram: int | None,
 ) -> ModelMemory:
@@ -323,9 +325,12 @@ def manage(
     components = {kind: component for kind, (_, component) in parts.items()}
     contents = take_contents(parts)
     entries = component_entries(components)
+    is_fused = fused.has_kernels(device.device.type)
+    # Without kernels 8 bits are imitated, which takes more than it saves.
+    is_eight_bit = is_fused and arithmetic != "bf16"
     inventory = replace(
-        take_inventory(name, entries, compute_bytes=dtype.itemsize),
-        is_fused=fused.has_kernels(device.device.type),
+        take_inventory(name, entries, compute_bytes=dtype.itemsize, is_eight_bit=is_eight_bit),
+        is_fused=is_fused,
     )
     free_bytes = device.free_bytes()
     try:

@@ -18,6 +18,7 @@ from flux_nf4.errors import FormatError
 from flux_nf4.formats.checkpoint import open_checkpoint
 from flux_nf4.memory import checkpoint_inventory
 from flux_nf4.memory.checkpoint_inventory import flux_1_dev, read_inventory
+from flux_nf4.memory.inventory import take_inventory
 from flux_nf4.model.build import build_autoencoder, build_clip, build_t5, build_transformer
 
 
@@ -54,6 +55,23 @@ def test_units_come_in_the_order_in_which_they_compute():
 
 def test_a_transformer_is_expanded_by_its_largest_layer():
     assert flux_1_dev().block_scratch_bytes == 7 * 3072 * 3072 * 2
+
+
+def test_in_eight_bits_a_weight_expands_to_half_and_every_row_has_two_scales():
+    parts = checkpoint_inventory._flux_1_dev_entries("nf4 v2")
+    inventory = take_inventory("FLUX.1-dev", parts, is_eight_bit=True)
+    rows_of_a_stream = (3 + 1 + 4 + 1) * 3072
+
+    assert inventory.block_scratch_bytes == 7 * 3072 * 3072
+    assert inventory.row_scale_bytes == 8 * (19 * 2 * rows_of_a_stream + 38 * (7 + 1) * 3072)
+    assert inventory.num_bytes == flux_1_dev().num_bytes
+
+
+def test_weights_stored_in_fp8_are_multiplied_in_bf16():
+    parts = checkpoint_inventory._flux_1_dev_entries("fp8")
+    assert take_inventory("FLUX.1-dev", parts, is_eight_bit=True) == take_inventory(
+        "FLUX.1-dev", parts
+    )
 
 
 def test_a_bf16_transformer_is_not_expanded():
