@@ -7,6 +7,7 @@ what FLUX.1-dev embeds; a seed may be given in place of a generator.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import warnings
 from collections import deque
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import torch
 from PIL import Image
 
-from flux_nf4.errors import InputError
+from flux_nf4.errors import DoesNotFitError, InputError
 from flux_nf4.pipeline.bnb_config import parse_dtype, parse_quantization_config
 from flux_nf4.pipeline.decode import decode_latents, to_pictures
 from flux_nf4.pipeline.generate import LatentsDone, generate_latents
@@ -116,7 +117,8 @@ class FluxPipeline:
         settings = LoadSettings(device=device, dtype=dtype, quantization=wish)
         model = load_model(Path(pretrained_model_name_or_path), settings)
         if warm_up:
-            deque(draw_and_drop(model), maxlen=0)
+            with contextlib.suppress(DoesNotFitError):  # a smaller image may
+                deque(draw_and_drop(model), maxlen=0)
         return cls(model)
 
     def __call__(  # noqa: PLR0913  the arguments are Diffusers'

@@ -7,7 +7,7 @@ from checkpoints import save_all_in_one, save_all_in_one_v1, save_quantized_diff
 from tiny_pipeline import save_tiny_folder, tiny_clip_tokenizer, tiny_parts, tiny_t5_tokenizer
 
 from flux_nf4 import FluxPipeline
-from flux_nf4.errors import InputError, ModelNotFoundError, ShapeError
+from flux_nf4.errors import DoesNotFitError, InputError, ModelNotFoundError, ShapeError
 from flux_nf4.model.blocks import FluxBlocks
 from flux_nf4.pipeline import compat, generate, tokenizers
 from flux_nf4.pipeline.load import demo_path
@@ -86,6 +86,14 @@ def test_a_warm_up_draws_before_the_pipeline_is_given(tiny_folder, monkeypatch):
         FluxPipeline.from_pretrained(tiny_folder, warm_up=is_wanted)
 
     assert prompts == ["warm-up"]
+
+
+def test_a_warm_up_that_does_not_fit_is_no_error(tiny_folder, monkeypatch):
+    def refuse(*_):
+        raise DoesNotFitError("64 x 64 needs 2 MiB")
+
+    monkeypatch.setattr(generate, "generate", refuse)
+    assert FluxPipeline.from_pretrained(tiny_folder, warm_up=True).model.facts.default_size
 
 
 def test_the_demo_in_a_folder_draws_at_its_own_size(tmp_path):
