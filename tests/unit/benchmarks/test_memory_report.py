@@ -19,8 +19,14 @@ REFUSED = {
 def test_a_row_says_how_much_slower_than_uncapped():
     text = tables(by_way([ours(2.0, 132.0), ours(None, 120.0)]))
     rows = [line for line in text.splitlines() if line.startswith(("| none", "| 2 "))]
-    assert rows[0].startswith("| none | 120.0 |  | 4.50 |")
-    assert rows[1].startswith("| 2 | 132.0 | 1.100 | 4.50 | 1.25 |")
+    assert rows[0].startswith("| none | 120.0 |  |  | 4.50 |")
+    assert rows[1].startswith("| 2 | 132.0 | 1.100 |  | 4.50 | 1.25 |")
+
+
+def test_a_row_says_how_far_from_what_the_bus_allows_where_that_was_measured():
+    ways = by_way([ours(2.0, 132.0), ours(None, 80.0)])
+    assert "| 2 | 132.0 | 1.650 | 1.100 |" in tables(ways, 4.5e9 / 0.120)  # the bus takes 120 ms
+    assert "| 2 | 132.0 | 1.650 | 1.650 |" in tables(ways, 4.5e9 / 0.040)
 
 
 def test_what_failed_says_why():
