@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from flux_nf4.formats.checkpoint import Checkpoint, open_checkpoint
 from flux_nf4.memory.activations import Workload
 from flux_nf4.memory.budget import CONTEXT_BYTES
 from flux_nf4.memory.checkpoint_inventory import component_entries
-from flux_nf4.memory.device import Device
+from flux_nf4.memory.device import CudaDevice, Device
 from flux_nf4.memory.inventory import take_inventory
 from flux_nf4.memory.plan import smallest_budget
 from flux_nf4.model.sizes import entry_shape
@@ -49,7 +48,6 @@ from flux_nf4.pipeline.ceilings import timed_calls
 from flux_nf4.pipeline.events import ImageDone, Notice, StepDone
 from flux_nf4.pipeline.generate import GenerationRequest, generate
 from flux_nf4.pipeline.load import LoadSettings, Model, assemble_model, load_model
-from flux_nf4.pipeline.model_memory import managed_device
 from flux_nf4.pipeline.random_model import RandomEntries, random_checkpoint, write_random_model
 from flux_nf4.pipeline.warm_up import warm_up
 
@@ -228,10 +226,11 @@ def _checkpoint(case: dict[str, Any]) -> Checkpoint:
 
 def _measure_bus(case: dict[str, Any]) -> dict[str, Any]:
     """How fast pinned memory comes to the device."""
-    device = managed_device(torch.device(case["device"]), vram=0) or Device(torch.device("cpu"))
+    place = torch.device(case["device"])
+    device = CudaDevice(place) if place.type == "cuda" else Device(place)
     host, target = device.pin(_BUS_BYTES), device.allocate(_BUS_BYTES)
     host.fill_(1)
-    seconds = timed_calls(lambda: target.copy_(host, non_blocking=True), device.device)
+    seconds = timed_calls(lambda: target.copy_(host, non_blocking=True), place)
     return {"pinned_bytes_per_s": _BUS_BYTES / statistics.median(seconds)}
 
 
@@ -241,7 +240,7 @@ def _measure_load(case: dict[str, Any]) -> dict[str, Any]:
     settings = LoadSettings(device=case["device"], arithmetic=case["arithmetic"])
     model = load_model(case["file"], settings)
     if case["warm_up"]:
-        deque(warm_up(model), maxlen=0)
+        warm_up(model)
     ready_s = time.perf_counter() - began_s
     side = model.facts.default_size
     images = [

@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -107,7 +106,7 @@ def drawing(setting: Setting, arithmetic: Any, *, rest: bool = True) -> Iterator
     model = setting.load(arithmetic=arithmetic)
     (side, _), *others = setting.shapes
     if repays(model.device):
-        deque(warm_up(model, size=(side, side)), maxlen=0)
+        warm_up(model, size=(side, side))
     load_s = time.perf_counter() - began_s
     settings = {"width": side, "height": side, "batch": 1, "arithmetic": arithmetic}
     measured = measure_drawing(model, size=(side, side), num_steps=_STEPS[setting.sizes])

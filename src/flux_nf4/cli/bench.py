@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -248,7 +247,7 @@ def _loaded(
     own = model.facts.default_size
     size = asked.width or own, asked.height or own
     if repays(model.device):
-        deque(warm_up(model, size=size), maxlen=0)
+        warm_up(model, size=size)
     return model, size
 
 

@@ -24,7 +24,8 @@ class HostMemory:
     def for_weights(self, num_bytes: int) -> int:
         """How many of a model's bytes may lie there; those without a place stay in the file.
 
-        All but a tenth at most, and no more than what is free, less room for all else.
+        All but 1.2 GB, or of a small model a tenth; and no more than is free, less room for all
+        else.
         """
         room = num_bytes - min(_PROCESS_BYTES - _BESIDE_FILE_BYTES, num_bytes // 10)
         return room if self.free is None else min(room, max(0, self.free - ROOM_BYTES))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import secrets
 import warnings
-from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -109,7 +108,9 @@ class FluxPipeline:
                 )
             dtype = dtype or compute_dtype
         device = device_map or "auto"
-        if dtype == torch.bfloat16 and imitates_bfloat16(resolve_device(device)):
+        # The CPU first: to ask for devices starts CUDA, which `load_model` does beside other work.
+        is_slow = dtype == torch.bfloat16 and imitates_bfloat16()
+        if is_slow and resolve_device(device).type == "cpu":
             dtype = torch.float32
             warnings.warn(
                 "this CPU has no arithmetic for bfloat16: computing in float32", stacklevel=2
@@ -118,7 +119,7 @@ class FluxPipeline:
         model = load_model(Path(pretrained_model_name_or_path), settings)
         if warm_up:
             with contextlib.suppress(DoesNotFitError):  # a smaller image may
-                deque(draw_and_drop(model), maxlen=0)
+                draw_and_drop(model)
         return cls(model)
 
     def __call__(  # noqa: PLR0913  the arguments are Diffusers'

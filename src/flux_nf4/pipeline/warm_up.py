@@ -23,7 +23,7 @@ from flux_nf4.pipeline import generate
 from flux_nf4.pipeline.request import GenerationRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from flux_nf4.pipeline.events import Event
     from flux_nf4.pipeline.load import Model
@@ -34,8 +34,13 @@ def repays(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def warm_up(model: Model, *, size: tuple[int, int] | None = None) -> Iterator[Event]:
-    """Draw an image of a few steps that nobody wants; the events of that.
+def warm_up(
+    model: Model,
+    *,
+    size: tuple[int, int] | None = None,
+    on_event: Callable[[Event], None] = lambda _: None,
+) -> None:
+    """Draw an image of a few steps that nobody wants.
 
     `size` is width and height in pixels, by default the model's own.
 
@@ -46,7 +51,8 @@ def warm_up(model: Model, *, size: tuple[int, int] | None = None) -> Iterator[Ev
     request = GenerationRequest(
         prompt="warm-up", width=width, height=height, num_inference_steps=LEAST_CALLS
     )
-    yield from generate.generate(model, request)
+    for event in generate.generate(model, request):
+        on_event(event)
 
 
 @cache

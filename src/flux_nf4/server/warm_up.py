@@ -21,13 +21,15 @@ def warm_up(model: Model, on_event: Callable[[], None]) -> bool:
     while it goes on.
     """
     from flux_nf4.pipeline import warm_up
-    from flux_nf4.pipeline.events import Notice
+    from flux_nf4.pipeline.events import Event, Notice
+
+    def follow(event: Event) -> None:
+        on_event()
+        if isinstance(event, Notice):
+            sys.stderr.write(f"warm-up: {event.message}\n")
 
     try:
-        for event in warm_up.warm_up(model):
-            on_event()
-            if isinstance(event, Notice):
-                sys.stderr.write(f"warm-up: {event.message}\n")
+        warm_up.warm_up(model, on_event=follow)
     except FAULTS as error:
         failure = describe(error)
         if failure["code"] != "out_of_memory":

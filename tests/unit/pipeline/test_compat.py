@@ -38,7 +38,7 @@ def _on_the_cpu(monkeypatch):
 
 @pytest.fixture
 def _bfloat16_is_native(monkeypatch):
-    monkeypatch.setattr(compat, "imitates_bfloat16", lambda device: False)
+    monkeypatch.setattr(compat, "imitates_bfloat16", lambda: False)
 
 
 @pytest.fixture
@@ -71,10 +71,19 @@ def test_the_call_of_the_design_runs_as_it_stands(tmp_path, monkeypatch):
 
 
 def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(tiny_folder, monkeypatch):
-    monkeypatch.setattr(compat, "imitates_bfloat16", lambda device: device.type == "cpu")
+    monkeypatch.setattr(compat, "imitates_bfloat16", lambda: True)
     with pytest.warns(UserWarning, match="no arithmetic for bfloat16: computing in float32"):
         pipeline = FluxPipeline.from_pretrained(tiny_folder, torch_dtype=torch.bfloat16)
     assert pipeline.model.dtype == torch.float32
+
+
+def test_where_the_cpu_has_bfloat16_no_device_is_asked_for_before_the_model_is(
+    tiny_folder, monkeypatch
+):
+    monkeypatch.setattr(compat, "imitates_bfloat16", lambda: False)
+    monkeypatch.setattr(compat, "resolve_device", lambda _: pytest.fail("CUDA starts too early"))
+    pipeline = FluxPipeline.from_pretrained(tiny_folder, torch_dtype=torch.bfloat16)
+    assert pipeline.model.dtype == torch.bfloat16
 
 
 def test_a_warm_up_draws_before_the_pipeline_is_given(tiny_folder, monkeypatch):

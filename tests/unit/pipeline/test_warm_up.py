@@ -135,7 +135,8 @@ def test_only_a_gpu_repays_a_warm_up():
 
 
 def test_a_warm_up_draws_one_image_of_the_models_own_size_with_enough_steps_for_a_graph(tiny_model):
-    events = list(warm_up.warm_up(tiny_model))
+    events = []
+    warm_up.warm_up(tiny_model, on_event=events.append)
 
     (image,) = (event.image for event in events if isinstance(event, ImageDone))
     assert image.size == (tiny_model.facts.default_size,) * 2
@@ -145,6 +146,6 @@ def test_a_warm_up_draws_one_image_of_the_models_own_size_with_enough_steps_for_
 def test_a_warm_up_of_another_size_draws_that(tiny_model, monkeypatch):
     asked = []
     monkeypatch.setattr(generate, "generate", lambda model, request: asked.append(request) or ())
-    list(warm_up.warm_up(tiny_model, size=(64, 80)))
+    warm_up.warm_up(tiny_model, size=(64, 80))
 
     assert (asked[0].width, asked[0].height) == (64, 80)
