@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks.stepper import Setting, Stepper, relative_error
 from flux_nf4.cli.bench_record import drawing_record, environment, peer_record
+from flux_nf4.errors import InputError
 from flux_nf4.model import attention, fast_step, fused
 from flux_nf4.model.arithmetic import possible_arithmetic
 from flux_nf4.model.sizes import flux_config
@@ -100,23 +100,31 @@ def _expansions(setting: Setting, form: Any) -> Iterator[dict[str, Any]]:
             }
 
 
-def drawing(setting: Setting, arithmetic: Any, *, rest: bool = True) -> Iterator[dict[str, Any]]:
-    """From prompt to PNG in one arithmetic; steps of the other shapes; each trick left out."""
+def drawing(
+    setting: Setting, arithmetic: Any, *, rest: bool = True, way: Any = "exact"
+) -> Iterator[dict[str, Any]]:
+    """From prompt to PNG in one arithmetic; steps of the other shapes; each trick left out.
+
+    `way` is that of attention.
+    """
     began_s = time.perf_counter()
-    model = setting.load(arithmetic=arithmetic)
+    model = setting.load(arithmetic=arithmetic, attention=way)
     (side, _), *others = setting.shapes
     if repays(model.device):
         warm_up(model, size=(side, side))
     load_s = time.perf_counter() - began_s
     settings = {"width": side, "height": side, "batch": 1, "arithmetic": arithmetic}
     measured = measure_drawing(model, size=(side, side), num_steps=_STEPS[setting.sizes])
-    record = drawing_record(f"flux-nf4 {arithmetic}", load_s, measured)
+    attends = "" if way == "exact" else f", attention in {way}"
+    name = f"flux-nf4 {arithmetic}{attends}"
+    record = drawing_record(name, load_s, measured)
     yield record | {"settings": settings | {"steps": _STEPS[setting.sizes]}}
     if not rest:
         return
-    yield from _waterfall(setting, model, arithmetic)
+    if way == "exact":
+        yield from _waterfall(setting, model, arithmetic)
     for side, batch in others:
-        record = {"kind": "step", "name": f"flux-nf4 {arithmetic}"}
+        record = {"kind": "step", "name": name}
         record["settings"] = settings | {"width": side, "height": side, "batch": batch}
         try:
             yield record | Stepper(setting, model, side, batch).measured()
@@ -169,9 +177,11 @@ def _tricks(stepper: Stepper) -> dict[str, Callable[[], Any]]:
         "GELU in the product": swap(fast_step, "has_gelu", lambda *_: False),
         "expansion kernel": swap(ops, "_implementation", lambda _: ops.reference),
     }
-    if importlib.util.find_spec("sageattention"):
-        in_int8 = partial(fast_step.fast_step, attend=attention.attend_int8)
-        tricks["exact attention"] = swap(blocks, "fast_step", in_int8)
+    for wish in ("fp8", "int8"):
+        with contextlib.suppress(InputError):  # no library, or no GPU for it
+            chosen = attention.choose_attention(wish, stepper.model.device)
+            in_eight_bits = partial(fast_step.fast_step, attention=chosen)
+            tricks[f"exact attention ({wish})"] = swap(blocks, "fast_step", in_eight_bits)
     for name in ("norm_modulate", "norm_rotate_out", "join"):
         tricks[f"fused {name}"] = swap(fused, name, _without_kernels(getattr(fused, name)))
     if stepper.model.arithmetic == "int8":  # the kernels of fp8, but for two
@@ -284,12 +294,29 @@ def _peers(
 
 def demo(setting: Setting) -> Iterator[dict[str, Any]]:
     """How far 8-bit images of the built-in model are from exact ones, with the same seeds."""
+    yield from _demo(setting, (("bf16", "exact"), ("fp8", "exact"), ("int8", "exact")))
+
+
+def demo_attention(setting: Setting) -> Iterator[dict[str, Any]]:
+    """The same for attention in 8 bits, in exact arithmetic and in fp8."""
+    ways = [(how, way) for way in ("exact", "fp8", "int8") for how in ("bf16", "fp8")]
+    yield from _demo(setting, ways)
+
+
+def _demo(setting: Setting, ways: Sequence[tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
+    """Each arithmetic and way of attention; the first is what others are compared with."""
     prompts = ("a red apple on a light blue background", "two yellow stars", "a green car")
-    images: dict[str, list[np.ndarray]] = {}
-    for arithmetic in ("bf16", "fp8", "int8"):
-        model = load_model(None, LoadSettings(device=setting.device, arithmetic=arithmetic))
+    exact: list[np.ndarray] = []
+    for arithmetic, way in ways:
+        settings = LoadSettings(device=setting.device, arithmetic=arithmetic, attention=way)
+        record = {"kind": "images", "arithmetic": arithmetic, "attention": way}
+        try:
+            model = load_model(None, settings)
+        except InputError as error:
+            yield record | {"psnr": None, "error": str(error)}
+            continue
         side = model.facts.default_size
-        images[arithmetic] = [
+        images = [
             np.asarray(event.image, dtype=np.float64)
             for prompt in prompts
             for event in generate(
@@ -298,10 +325,10 @@ def demo(setting: Setting) -> Iterator[dict[str, Any]]:
             )
             if hasattr(event, "image")
         ]
-        pairs = list(zip(images[arithmetic], images["bf16"], strict=True))
-        errors = [float(np.mean((ours - exact) ** 2)) for ours, exact in pairs]
+        exact = exact or images
+        errors = [np.mean((ours - best) ** 2) for ours, best in zip(images, exact, strict=True)]
         psnr = [float(10 * np.log10(255**2 / max(error, 1e-9))) for error in errors]
-        yield {"kind": "images", "arithmetic": arithmetic, "psnr": psnr, "error": None}
+        yield record | {"psnr": psnr, "error": None}
 
 
 def capped(setting: Setting) -> Iterator[dict[str, Any]]:
@@ -344,12 +371,14 @@ SECTIONS = {
     "int8": Section(_if_possible(drawing, "int8"), 90),
     "peers": Section(peers, 400),
     # Once more: Triton's cache is warm now, so the first image waits for no compiler.
+    "attention fp8": Section(_if_possible(drawing, "fp8", way="fp8"), 60),
     "warm start fp8": Section(_if_possible(drawing, "fp8", rest=False), 60),
     "no rotation": Section(no_rotation, 60),
     "kernels": Section(kernels, 60),
     "profile": Section(profile, 90),
     "capped": Section(capped, 60),
     "demo": Section(demo, 60),
+    "demo attention": Section(demo_attention, 60),
     "other peers": Section(other_peers, 120),
 }
 

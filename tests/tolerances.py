@@ -84,6 +84,10 @@ COUNTED_HOST_BYTES = 65_536
 EIGHT_BIT_STEP = {"fp8": 0.1, "int8": 0.03}
 # The same with exact products and attention in 8 bits (SageAttention 1.0.6): 0.041 on an H200.
 INT8_ATTENTION_STEP = 0.06
+# The same for attention in e4m3, which rounds each of its inputs by 2.6 %.
+FP8_ATTENTION_STEP = 0.1
+# Attention of given e4m3 values: its weights and its result are rounded, by 2.6 % each.
+E4M3_ROUNDING_TWICE = 0.05
 # One product of normal values: e4m3 rounds by 2.6 % on either side, int8 by 0.7 %.
 EIGHT_BIT_PRODUCT = {"fp8": 0.05, "int8": 0.02}
 # Six rounds of sums in float32.

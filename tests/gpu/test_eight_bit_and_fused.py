@@ -6,14 +6,17 @@ import pytest
 import torch
 from tolerances import (
     BF16_ERROR_RATIO,
+    E4M3_ROUNDING_TWICE,
     EIGHT_BIT_EQUAL_SHARE,
     EIGHT_BIT_PRODUCT,
     EIGHT_BIT_STEP,
+    FP8_ATTENTION_STEP,
     FUSED_BF16,
     INT8_ATTENTION_STEP,
     relative_error,
 )
 
+from flux_nf4.errors import InputError
 from flux_nf4.formats.component import Component
 from flux_nf4.model import attention, fused
 from flux_nf4.model.arithmetic import possible_arithmetic, set_arithmetic
@@ -93,8 +96,9 @@ def test_join_equals_pytorch(monkeypatch, heads, channels, arithmetic):
     attended = random(BATCH, TOKENS, heads, channels)
     inner = random(BATCH, TOKENS, 7 * heads * channels)[..., 3 * heads * channels :]
     for given in ((attended, inner), (None, inner), (attended, None)):
-        theirs = in_pytorch(monkeypatch, lambda given=given: fused.join(*given, arithmetic))
-        assert_same_rows(fused.join(*given, arithmetic), theirs)
+        told = *given, arithmetic, attended.dtype
+        theirs = in_pytorch(monkeypatch, lambda told=told: fused.join(*told))
+        assert_same_rows(fused.join(*told), theirs)
 
 
 @pytest.mark.parametrize("arithmetic", ["fp8", "int8"])
@@ -171,13 +175,46 @@ def test_eight_bits_move_the_velocity_little(blocks, arithmetic):
     assert error < EIGHT_BIT_STEP[arithmetic]
 
 
+def attention_of(wish):
+    """A way of attention; skips where its library is not installed or does not serve the GPU."""
+    try:
+        return attention.choose_attention(wish, torch.device("cuda"))
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("wish", "tolerance"), [("int8", INT8_ATTENTION_STEP), ("fp8", FP8_ATTENTION_STEP)]
+)
+@pytest.mark.parametrize("arithmetic", ["bf16", "fp8"])
 @torch.no_grad()
-def test_attention_in_eight_bits_moves_the_velocity_little(blocks):
-    pytest.importorskip("sageattention")
-    attend = attention.choose_attention("int8", torch.device("cuda"))
-    exact = blocks.plain_step(*inputs(blocks.config, torch.float32))
-    found = fused_step(blocks, *inputs(blocks.config), attend=attend)
-    assert relative_error(found, exact) < INT8_ATTENTION_STEP
+def test_attention_in_eight_bits_moves_the_velocity_little(blocks, wish, tolerance, arithmetic):
+    require(arithmetic)
+    chosen = attention_of(wish)
+    given = inputs(blocks.config)
+    set_arithmetic(blocks, arithmetic)
+    exact, found = fused_step(blocks, *given), fused_step(blocks, *given, chosen)
+    set_arithmetic(blocks, "bf16")
+    assert relative_error(found, exact) < tolerance
+
+
+@torch.no_grad()
+def test_a_captured_step_with_attention_in_e4m3_equals_an_eager_one(blocks):
+    chosen = attention_of("fp8")
+    given = inputs(blocks.config)
+    eager = [fused_step(blocks, *given, chosen) for _ in range(2)][-1]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fused_step(blocks, *given, chosen)
+    graph.replay()
+    assert torch.equal(captured, eager)
+
+
+def test_attention_in_e4m3_equals_that_of_the_rounded_heads():
+    attend = attention_of("fp8").attend
+    heads = [random(2, 333, 5, 128).to(torch.float8_e4m3fn) for _ in range(3)]
+    exact = attention.attend(*(each.float() for each in heads))
+    assert relative_error(attend(*heads), exact) < E4M3_ROUNDING_TWICE
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)

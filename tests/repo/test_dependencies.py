@@ -64,6 +64,7 @@ def imported_libraries(path):
 # The name that is imported, where it is not the name that is installed.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "cudnn": "nvidia-cudnn-frontend",
     "flux_nf4": "flux-nf4",
     "huggingface_hub": "huggingface-hub",
     "prometheus_client": "prometheus-client",
@@ -72,7 +73,7 @@ DISTRIBUTIONS = {
 
 def test_the_package_imports_only_what_it_asks_for():
     extras = project()["optional-dependencies"]
-    used = ("serve", "ray", "sage", "compare")
+    used = ("serve", "ray", "sage", "cudnn", "compare")
     texts = (*project()["dependencies"], *(text for name in used for text in extras[name]))
     asked_for = {canonicalize_name(Requirement(text).name) for text in texts}
     # Triton comes with PyTorch where there is a GPU, and is not used elsewhere.

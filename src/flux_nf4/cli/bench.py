@@ -64,11 +64,11 @@ class BenchOptions:
         help="`bf16`: exact; `fp8`, `int8`; `auto`: the fastest [bf16]",
         group="Model",
     )
-    attention: Literal["exact", "int8"] = option(
+    attention: Literal["exact", "fp8", "int8"] = option(
         "--attention",
         metavar="NAME",
         default="exact",
-        help="`exact`, or `int8` with sageattention [exact]",
+        help="`exact`; `fp8` with cuDNN, `int8` with SageAttention [exact]",
         group="Model",
     )
     vram: str | None = option(

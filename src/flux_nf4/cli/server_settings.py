@@ -45,11 +45,11 @@ class ModelSettings:
         help="`bf16` (exact), `fp8`, `int8`, or `auto` [bf16]",
         group="Model",
     )
-    attention: Literal["exact", "int8"] = setting(
+    attention: Literal["exact", "fp8", "int8"] = setting(
         "--attention",
         metavar="NAME",
         default="exact",
-        help="`exact`, or `int8` with sageattention [exact]",
+        help="`exact`; `fp8` with cuDNN, `int8` with SageAttention [exact]",
         group="Model",
     )
 

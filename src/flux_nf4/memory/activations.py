@@ -105,8 +105,8 @@ def decode_bytes(sizes: Sizes, workload: Workload, batch_size: int) -> int:
     """The VAE's worst moment over its levels, in strips (`model.strips`), beside the pictures.
 
     Of a level from I to O channels two maps are held: the block's input, which at first is that of
-    the level below, and its inner map. Beside them a strip with the rows around it: enlarged,
-    padded, multiplied and normed, with cuDNN's copies of a convolution's ends.
+    the level below, and its inner map. Beside them a strip with the rows around it: padded,
+    multiplied and normed, and at first enlarged, with cuDNN's copies of a convolution's ends.
     """
     num_pixels = workload.width * workload.height
     widths = sizes.vae_widths
@@ -116,8 +116,9 @@ def decode_bytes(sizes: Sizes, workload: Workload, batch_size: int) -> int:
         num_in = widths[min(level + 1, coarsest)]
         pixels = num_pixels // 4**level
         strip = min(pixels, STRIP_PIXELS + 4 * (workload.width >> level))
-        held = max(2 * num_out, num_out + num_in // 4) * pixels
-        worst = max(worst, held + (5 * num_in + 3 * num_out) * strip)
+        first = (num_out + num_in // 4) * pixels + (5 * num_in + 3 * num_out) * strip
+        others = 2 * num_out * pixels + 6 * num_out * strip
+        worst = max(worst, first, others)
     pictures = (2 * batch_size + 4) * RGB * workload.width * workload.height * FLOAT_BYTES
     return worst * sizes.compute_bytes + pictures
 

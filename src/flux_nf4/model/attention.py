@@ -8,8 +8,8 @@ the process lives.
 Nothing is copied before or behind it: heads lie behind tokens in memory, as products write and read
 them. (With a head's tokens side by side cuDNN was a few percent quicker at best, and no step was.)
 
-In 8 bits (queries and keys in int8, weights of values in float16) the library SageAttention
-attends, where it is installed and asked for.
+In 8 bits libraries attend, where they are installed and asked for: SageAttention (queries and keys
+in int8, weights of values in float16), and cuDNN (everything in e4m3, see `attention_fp8`).
 
 Shape letters, in this module only:
     B  batch    S  tokens    N  heads    D  head channels
@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -28,9 +29,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flux_nf4.errors import InputError
+from flux_nf4.model import attention_fp8
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-AttentionWish = Literal["exact", "int8"]
+AttentionWish = Literal["exact", "fp8", "int8"]
 
 # Those that keep no matrix of scores, which is gigabytes. The first is taken where nothing can be
 # measured, while a graph is captured.
@@ -42,10 +44,29 @@ BACKENDS = (
 NUM_TIMED_CALLS = 3
 # The device idles as long before timed calls, until all of them have been asked for.
 NUM_HEAD_START_CYCLES = 4_000_000
-# SageAttention's kernels hold data types and instructions of Ampere's.
-_INT8_CAPABILITY = (8, 0)
 
 _fastest: dict[tuple[Any, ...], SDPBackend] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One way to attend: `attend` takes heads of `dtype` and returns such; None: the tokens' own.
+
+    Where `dtype` is another one, keys come centred (`fused.key_centre`).
+    """
+
+    attend: Attend
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Library:
+    """What attends in 8 bits: its names, and which GPUs it serves."""
+
+    package: str
+    extra: str
+    serves: Callable[[tuple[int, int]], bool]  # compute capability
+    needs: str
 
 
 def check_attention(wish: str) -> None:
@@ -55,7 +76,7 @@ def check_attention(wish: str) -> None:
         raise InputError(f"`{wish}` is not a way of attention", hint=f"use {names}")
 
 
-def choose_attention(wish: AttentionWish, device: torch.device) -> Attend:
+def choose_attention(wish: AttentionWish, device: torch.device) -> Attention:
     """What attends on a device.
 
     Raises:
@@ -63,18 +84,19 @@ def choose_attention(wish: AttentionWish, device: torch.device) -> Attend:
     """
     check_attention(wish)
     if wish == "exact":
-        return attend
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _INT8_CAPABILITY:
+        return EXACT
+    library = _LIBRARIES[wish]
+    is_served = device.type == "cuda" and library.serves(torch.cuda.get_device_capability(device))
+    if not is_served:
         raise InputError(
-            f"`{device}` has no attention in int8",
-            hint="it takes an NVIDIA GPU from RTX 30 on; use `exact`",
+            f"`{device}` has no attention in {wish}", hint=f"it takes {library.needs}; use `exact`"
         )
-    if importlib.util.find_spec("sageattention") is None:
+    if importlib.util.find_spec(library.package) is None:
         raise InputError(
-            "attention in int8 needs the package sageattention, which is not installed",
-            hint="`pip install 'flux-nf4[sage]'`, or use `exact`",
+            f"attention in {wish} needs the package {library.package}, which is not installed",
+            hint=f"`pip install 'flux-nf4[{library.extra}]'`, or use `exact`",
         )
-    return attend_int8
+    return _IN_EIGHT_BITS[wish]
 
 
 def attend(q_BSND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
@@ -92,6 +114,29 @@ def attend_int8(q_BSND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
 
     with torch.cuda.device(q_BSND.device):  # on which Triton launches, whatever the tensors' own is
         return sageattn(q_BSND, k_BSND, v_BSND, tensor_layout="NHD")
+
+
+EXACT = Attention(attend)
+_IN_EIGHT_BITS = {
+    "fp8": Attention(attention_fp8.attend_fp8, torch.float8_e4m3fn),
+    "int8": Attention(attend_int8),
+}
+_LIBRARIES = {
+    "fp8": _Library(
+        package="cudnn",
+        extra="cudnn",
+        # On GeForce cards of compute capability 12 cuDNN has none.
+        serves=lambda capability: capability[0] in (9, 10),
+        needs="an H100, H200, B200 or their kin",
+    ),
+    "int8": _Library(
+        package="sageattention",
+        extra="sage",
+        # Its kernels hold data types and instructions of Ampere's.
+        serves=lambda capability: capability >= (8, 0),
+        needs="an NVIDIA GPU from RTX 30 on",
+    ),
+}
 
 
 def _fastest_backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:

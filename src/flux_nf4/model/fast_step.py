@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_nf4.model import fused
-from flux_nf4.model.attention import Attend, attend
+from flux_nf4.model.attention import EXACT, Attention
 from flux_nf4.nf4.linear import NF4Linear
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def fast_step(
     txt_BTD: Tensor,
     modulation_BM: Tensor,
     rope_2SF: Tensor,
-    attend: Attend = attend,
+    attention: Attention = EXACT,
 ) -> Tensor:
     """As `FluxBlocks.forward`; where there are no kernels for it, `FluxBlocks.plain_step`.
 
@@ -48,7 +48,7 @@ def fast_step(
     is_traced = torch.compiler.is_compiling()
     if is_traced or fused.kernels(img_BLC.device.type) is None:
         return blocks.plain_step(img_BLC, txt_BTD, modulation_BM, rope_2SF)
-    return fused_step(blocks, img_BLC, txt_BTD, modulation_BM, rope_2SF, attend)
+    return fused_step(blocks, img_BLC, txt_BTD, modulation_BM, rope_2SF, attention)
 
 
 def fused_step(
@@ -57,7 +57,7 @@ def fused_step(
     txt_BTD: Tensor,
     modulation_BM: Tensor,
     rope_2SF: Tensor,
-    attend: Attend = attend,
+    attention: Attention = EXACT,
 ) -> Tensor:
     """(B, L, C), (B, T, context), (B or 1, M), (2, S, F) -> velocity (B, L, C)."""
     double, single, final = blocks.vectors(modulation_BM)
@@ -65,11 +65,11 @@ def fused_step(
     img, txt = _Stream(blocks.img_in(img_BLC)), _Stream(blocks.txt_in(txt_BTD))
     for i, block in enumerate(blocks.double_blocks):
         blocks.on_block(block)
-        _double(cast("DoubleStreamBlock", block), img, txt, double[i], rope_2SF, attend)
+        _double(cast("DoubleStreamBlock", block), img, txt, double[i], rope_2SF, attention)
     joined = _Stream(torch.cat((txt.updated(), img.updated()), dim=1))
     for i, block in enumerate(blocks.single_blocks):
         blocks.on_block(block)
-        _single(cast("SingleStreamBlock", block), joined, single[i], rope_2SF, attend)
+        _single(cast("SingleStreamBlock", block), joined, single[i], rope_2SF, attention)
     shift_BH, scale_BH = final.chunk(2, dim=-1)
     rows = joined.tokens(num_txt).norm_modulate(shift_BH, scale_BH, blocks.final_layer.linear)
     return project(blocks.final_layer.linear, rows, img_BLC.dtype)
@@ -155,30 +155,33 @@ def _double(
     txt: _Stream,
     modulation_B12H: Tensor,
     rope_2SF: Tensor,
-    attend: Attend,
+    attention: Attention,
 ) -> None:
     num_txt, dtype = txt.x.shape[1], img.x.dtype
     img_vectors, txt_vectors = (half.chunk(6, -1) for half in modulation_B12H.chunk(2, -1))
     sides = (
-        (txt, block.txt_attn, block.txt_mlp, txt_vectors, slice(0, num_txt)),
         (img, block.img_attn, block.img_mlp, img_vectors, slice(num_txt, None)),
+        (txt, block.txt_attn, block.txt_mlp, txt_vectors, slice(0, num_txt)),
     )
     shape = len(img.x), rope_2SF.shape[1], block.img_attn.num_heads, 2 * rope_2SF.shape[2]
-    q, k, v = (img.x.new_empty(shape) for _ in range(3))
-    for stream, attention, _, (shift, scale, *_), place in sides:
-        rows = stream.norm_modulate(shift, scale, attention.qkv)
-        qkv = project(attention.qkv, rows, dtype)
+    q, k, v = (img.x.new_empty(shape, dtype=attention.dtype) for _ in range(3))
+    centre: Tensor | None = None
+    for stream, layers, _, (shift, scale, *_), place in sides:
+        rows = stream.norm_modulate(shift, scale, layers.qkv)
+        qkv, rope = project(layers.qkv, rows, dtype), rope_2SF[:, place]
+        if attention.dtype is not None and centre is None:
+            centre = fused.key_centre(qkv, layers.norm, rope)  # the image's, for both sides
         heads = q[:, place], k[:, place], v[:, place]
-        fused.norm_rotate_out(qkv, attention.norm, rope_2SF[:, place], heads)
-    mixed_BSND = attend(q, k, v)
-    for stream, attention, mlp, (_, _, gate1, shift2, scale2, gate2), place in sides:
-        rows = fused.join(mixed_BSND[:, place], None, arithmetic_of(attention.proj))
-        stream.update = project(attention.proj, rows, dtype), gate1
+        fused.norm_rotate_out(qkv, layers.norm, rope, heads, centre)
+    mixed_BSND = attention.attend(q, k, v)
+    for stream, layers, mlp, (_, _, gate1, shift2, scale2, gate2), place in sides:
+        rows = fused.join(mixed_BSND[:, place], None, arithmetic_of(layers.proj), dtype)
+        stream.update = project(layers.proj, rows, dtype), gate1
         rows = stream.norm_modulate(shift2, scale2, mlp[0])
         if has_gelu(rows, mlp[0], mlp[2]):
             rows = project_gelu(mlp[0], rows)[1]
         else:
-            rows = fused.join(None, project(mlp[0], rows, dtype), arithmetic_of(mlp[2]))
+            rows = fused.join(None, project(mlp[0], rows, dtype), arithmetic_of(mlp[2]), dtype)
         stream.update = project(mlp[2], rows, dtype), gate2
 
 
@@ -187,28 +190,32 @@ def _single(
     stream: _Stream,
     modulation_B3H: Tensor,
     rope_2SF: Tensor,
-    attend: Attend,
+    attention: Attention,
 ) -> None:
     shift_BH, scale_BH, gate_BH = modulation_B3H.chunk(3, dim=-1)
+    dtype = stream.x.dtype
     rows = stream.norm_modulate(shift_BH, scale_BH, block.linear1)
     if has_gelu(rows, block.linear1, block.linear2):
         qkv, inner = project_gelu(block.linear1, rows, block.widths[0])
-        attended = attend(*_heads(block, qkv, rope_2SF))
-        update = project_both(block.linear2, attended.flatten(2), inner)
+        attended = attention.attend(*_heads(block, qkv, rope_2SF, attention.dtype))
+        update = project_both(block.linear2, attended.flatten(2).to(dtype), inner)
     else:
-        dtype = stream.x.dtype
         qkv, inner = project(block.linear1, rows, dtype).split(block.widths, dim=-1)
-        rows = fused.join(
-            attend(*_heads(block, qkv, rope_2SF)), inner, arithmetic_of(block.linear2)
-        )
+        attended = attention.attend(*_heads(block, qkv, rope_2SF, attention.dtype))
+        rows = fused.join(attended, inner, arithmetic_of(block.linear2), dtype)
         update = project(block.linear2, rows, dtype)
     stream.update = update, gate_BH
 
 
 def _heads(
-    block: SingleStreamBlock, qkv_BSX: Tensor, rope_2SF: Tensor
+    block: SingleStreamBlock, qkv_BSX: Tensor, rope_2SF: Tensor, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of `dtype`; None: the product's, and values as they lie there."""
     shape = *qkv_BSX.shape[:2], block.num_heads, 2 * rope_2SF.shape[2]
-    q, k = (qkv_BSX.new_empty(shape) for _ in range(2))
-    fused.norm_rotate_out(qkv_BSX, block.norm, rope_2SF, (q, k, None))
-    return q, k, qkv_BSX.unflatten(-1, (3, *shape[2:]))[:, :, 2]  # values as they lie there
+    q, k = (qkv_BSX.new_empty(shape, dtype=dtype) for _ in range(2))
+    if dtype is None:
+        fused.norm_rotate_out(qkv_BSX, block.norm, rope_2SF, (q, k, None))
+        return q, k, qkv_BSX.unflatten(-1, (3, *shape[2:]))[:, :, 2]
+    v, centre_BND = torch.empty_like(q), fused.key_centre(qkv_BSX, block.norm, rope_2SF)
+    fused.norm_rotate_out(qkv_BSX, block.norm, rope_2SF, (q, k, v), centre_BND)
+    return q, k, v

@@ -28,6 +28,7 @@ from flux_nf4.nf4.triton_kernels import (
 # of a row and the bytes of one that is written.
 NORM_WARPS = 4
 ROTATE_WARPS = 4
+CENTRE_ROWS = 32  # tokens at a time
 VALUES_PER_JOIN_WARP = {1: 2048, 2: 1024, 4: 1024}
 MAX_WARPS = 16
 
@@ -105,7 +106,7 @@ def norm_modulate(
 ) -> Tensor | QuantizedRows:
     """As `fused.norm_modulate`; the update goes into `x_BSH` itself."""
     width = x_BSH.shape[-1]
-    out, scale, largest = _empty_rows(x_BSH, width, arithmetic)
+    out, scale, largest = _empty_rows(x_BSH, width, arithmetic, x_BSH.dtype)
     y_BSH, gate_BH = update or (x_BSH, shift_BH)
     assert _batch_stride(shift_BH) == _batch_stride(scale_BH)
     with on_device(x_BSH.device):
@@ -125,11 +126,25 @@ def norm_modulate(
 
 
 @triton.jit
+def _normed_rotated(
+    x, scale, cos, sin,
+    EPSILON: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, D_SIZE: tl.constexpr,
+):  # fmt: skip
+    """RMS norm over the channels of each row (ROWS, D_SIZE), then rotation of their pairs."""
+    wide = x.to(tl.float32)
+    norm = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + EPSILON)
+    normed = wide * norm[:, None] * scale.to(tl.float32)[None, :]
+    even, odd = tl.split(tl.reshape(normed, [ROWS, D_SIZE // 2, 2]))
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    return tl.reshape(turned, [ROWS, D_SIZE])
+
+
+@triton.jit
 def _rotate_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
-    qkv_BSX, q_scale_D, k_scale_D, cos_SF, sin_SF, q_out, k_out, v_out,
+    qkv_BSX, q_scale_D, k_scale_D, cos_SF, sin_SF, centre_BND, q_out, k_out, v_out,
     num_tokens, qkv_batch, qkv_token,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    EPSILON: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    EPSILON: tl.constexpr, HAS_CENTRE: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     N_SIZE: tl.constexpr, D_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Queries (0), keys (1) or values (2) of one token of `norm_rotate_out`."""
@@ -142,23 +157,22 @@ def _rotate_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     x = tl.load(source + n[:, None] * D + d[None, :], mask=mask, other=0.0)
     if role == 2:
         place = batch * v_batch + token * v_token + n[:, None] * v_head + d[None, :]
-        tl.store(v_out + place, x, mask=mask)
+        tl.store(v_out + place, x.to(tl.float32).to(v_out.dtype.element_ty), mask=mask)
     else:
         out, scale_D = q_out, q_scale_D
         place = batch * q_batch + token * q_token + n[:, None] * q_head + d[None, :]
         if role == 1:
             out, scale_D = k_out, k_scale_D
             place = batch * k_batch + token * k_token + n[:, None] * k_head + d[None, :]
-        wide = x.to(tl.float32)
-        norm = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + EPSILON)
-        scale = tl.load(scale_D + d, mask=d < D, other=0.0).to(tl.float32)
-        normed = wide * norm[:, None] * scale[None, :]
-        even, odd = tl.split(tl.reshape(normed, [N_SIZE, D_SIZE // 2, 2]))
+        scale = tl.load(scale_D + d, mask=d < D, other=0.0)
         f = tl.arange(0, D_SIZE // 2)
         cos = tl.load(cos_SF + token * (D // 2) + f, mask=f < D // 2, other=0.0)[None, :]
         sin = tl.load(sin_SF + token * (D // 2) + f, mask=f < D // 2, other=0.0)[None, :]
-        turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-        turned = tl.reshape(turned, [N_SIZE, D_SIZE])
+        turned = _normed_rotated(x, scale, cos, sin, EPSILON, D, N_SIZE, D_SIZE)
+        if HAS_CENTRE:  # noqa: SIM102  known when it is compiled
+            if role == 1:
+                centre = centre_BND + (batch * N + n[:, None]) * D + d[None, :]
+                turned -= tl.load(centre, mask=mask, other=0.0)
         tl.store(out + place, turned.to(out.dtype.element_ty), mask=mask)
 
 
@@ -168,6 +182,7 @@ def norm_rotate_out(
     k_scale_D: Tensor,
     rope_2SF: Tensor,
     heads: tuple[Tensor, Tensor, Tensor | None],
+    centre_BND: Tensor | None = None,
 ) -> None:
     """As `fused.norm_rotate_out`: heads of (B, S, N, D), of any strides but the last."""
     q, k, v = heads
@@ -176,10 +191,12 @@ def norm_rotate_out(
     last = q if v is None else v
     with on_device(qkv_BSX.device):
         _rotate_kernel[(num_batch * num_tokens, 2 if v is None else 3)](
-            qkv_BSX, q_scale_D, k_scale_D, cos_SF, sin_SF, q, k, last,
+            qkv_BSX, q_scale_D, k_scale_D, cos_SF, sin_SF,
+            q_scale_D if centre_BND is None else centre_BND, q, k, last,
             num_tokens, *qkv_BSX.stride()[:2],
             *q.stride()[:3], *k.stride()[:3], *last.stride()[:3],
             EPSILON=EPSILON,
+            HAS_CENTRE=centre_BND is not None,
             N=num_heads,
             D=head_dim,
             N_SIZE=triton.next_power_of_2(num_heads),
@@ -187,6 +204,55 @@ def norm_rotate_out(
             num_warps=ROTATE_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
+
+
+@triton.jit
+def _centre_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
+    qkv_BSX, scale_D, cos_SF, sin_SF, out_BND,
+    num_tokens, step, qkv_batch, qkv_token,
+    EPSILON: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, D_SIZE: tl.constexpr,
+):  # fmt: skip
+    """One head of `key_centre`; the tokens come ROWS at a time."""
+    batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d, f = tl.arange(0, D_SIZE), tl.arange(0, D_SIZE // 2)
+    scale = tl.load(scale_D + d, mask=d < D, other=0.0)
+    source = qkv_BSX + batch * qkv_batch + (N + head) * D
+    num_rows = (num_tokens + step - 1) // step
+    total = tl.zeros([D_SIZE], dtype=tl.float32)
+    for first in range(0, num_rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        token = (row * step).to(tl.int64)[:, None]
+        is_row = (row < num_rows)[:, None]
+        half = is_row & (f < D // 2)[None, :]
+        # Beyond the last row the keys are zeros, and stay so.
+        x = tl.load(source + token * qkv_token + d[None, :], is_row & (d < D)[None, :], other=0.0)
+        cos = tl.load(cos_SF + token * (D // 2) + f[None, :], mask=half, other=0.0)
+        sin = tl.load(sin_SF + token * (D // 2) + f[None, :], mask=half, other=0.0)
+        total += tl.sum(_normed_rotated(x, scale, cos, sin, EPSILON, D, ROWS, D_SIZE), axis=0)
+    tl.store(out_BND + (batch * N + head) * D + d, total / num_rows, mask=d < D)
+
+
+def key_centre(qkv_BSX: Tensor, k_scale_D: Tensor, rope_2SF: Tensor, step: int) -> Tensor:
+    """As `fused.key_centre`, of every `step`-th token."""
+    num_batch, num_tokens, width = qkv_BSX.shape
+    head_dim = 2 * rope_2SF.shape[2]
+    num_heads = width // (3 * head_dim)
+    out = qkv_BSX.new_empty(num_batch, num_heads, head_dim, dtype=torch.float32)
+    cos_SF, sin_SF = rope_2SF
+    with on_device(qkv_BSX.device):
+        _centre_kernel[(num_batch, num_heads)](
+            qkv_BSX, k_scale_D, cos_SF, sin_SF, out,
+            num_tokens, step, *qkv_BSX.stride()[:2],
+            EPSILON=EPSILON,
+            N=num_heads,
+            D=head_dim,
+            ROWS=CENTRE_ROWS,
+            D_SIZE=triton.next_power_of_2(head_dim),
+            num_warps=ROTATE_WARPS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
 
 
 @triton.jit
@@ -242,7 +308,10 @@ def _join_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
 
 
 def join(
-    attended_BSND: Tensor | None, inner_BSX: Tensor | None, arithmetic: Arithmetic
+    attended_BSND: Tensor | None,
+    inner_BSX: Tensor | None,
+    arithmetic: Arithmetic,
+    dtype: torch.dtype,
 ) -> Tensor | QuantizedRows:
     """As `fused.join`; at least one of the two is given."""
     given = attended_BSND if attended_BSND is not None else inner_BSX
@@ -251,7 +320,7 @@ def join(
     inner = given if inner_BSX is None else inner_BSX
     a_width = 0 if attended_BSND is None else attended.shape[2] * attended.shape[3]
     x_width = 0 if inner_BSX is None else inner.shape[2]
-    out, scale, largest = _empty_rows(given, a_width + x_width, arithmetic)
+    out, scale, largest = _empty_rows(given, a_width + x_width, arithmetic, dtype)
     a_size, x_size = (_padded(width) for width in (a_width, x_width))
     with on_device(given.device):
         _join_kernel[(out.shape[0] * out.shape[1],)](
@@ -279,9 +348,12 @@ def _padded(width: int) -> int:
     return triton.next_power_of_2(width) if width else 1
 
 
-def _empty_rows(x_BSX: Tensor, width: int, arithmetic: Arithmetic) -> tuple[Tensor, Tensor, float]:
+def _empty_rows(
+    x_BSX: Tensor, width: int, arithmetic: Arithmetic, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float]:
     """Uninitialised rows (B, S, width) and scales (B, S, 1); and a unit's largest multiple or 0."""
-    dtype = x_BSX.dtype if arithmetic == "bf16" else eight_bit_dtype(arithmetic)
+    if arithmetic != "bf16":
+        dtype = eight_bit_dtype(arithmetic)
     out = torch.empty(*x_BSX.shape[:2], width, dtype=dtype, device=x_BSX.device)
     if arithmetic == "bf16":
         return out, out, 0.0

@@ -59,7 +59,8 @@ class LoadSettings:
     FLUX's activations overflow it. `quantization` None: the weights as the file has them.
     `arithmetic`: how the transformer's NF4 layers multiply. `bf16` is exact: in the model's dtype;
     `fp8` and `int8` are quicker on a GPU that has them; `auto` takes the quickest, and a note of
-    the model says which. `attention`: `exact`, or `int8` with the package sageattention.
+    the model says which. `attention`: `exact`, or in 8 bits, `fp8` by cuDNN or `int8` by
+    SageAttention.
 
     Raises:
         InputError: the arithmetic or attention is unknown, or the dtype is not one to compute in.
@@ -136,7 +137,7 @@ def assemble_model(
     device = resolve_device(settings.device)
     dtype = settings.dtype or default_dtype(device)
     arithmetic, note = choose_arithmetic(settings.arithmetic, device)
-    attend = choose_attention(settings.attention, device)
+    attention = choose_attention(settings.attention, device)
     if settings.quantization is not None:
         components = dict(checkpoint.components)
         components["transformer"] = quantize_component(
@@ -167,7 +168,7 @@ def assemble_model(
         arithmetic=arithmetic,
     )
     set_arithmetic(model.transformer.blocks, arithmetic)
-    model.transformer.blocks.fast_step = partial(fast_step, attend=attend)
+    model.transformer.blocks.fast_step = partial(fast_step, attention=attention)
     check_parts_match(model)
     return model if manager is None else _managed(model, components, manager, settings)
 

@@ -7,6 +7,7 @@ blocks; exits with what differs.
 
 import itertools
 import sys
+from unittest.mock import patch
 
 import interpreter
 import numpy as np
@@ -86,17 +87,52 @@ def rotate_cases(dtype, shape, arithmetic):
         yield ours, theirs
 
 
+def centre_cases(dtype, shape, arithmetic):
+    if arithmetic != "bf16":
+        return
+    batch, tokens, heads, channels = shape
+    for num_tokens in (tokens, 40 * tokens):
+        qkv = random(batch, num_tokens, 3 * heads * channels + 64).to(dtype)[..., :-64]
+        norm, rope = QKNorm(channels), random(2, num_tokens, channels // 2)
+        norm.key_norm.scale.copy_(random(channels))
+        with patch.object(fused, "CENTRE_TOKENS", 37):
+            theirs = fused.key_centre(qkv, norm, rope)
+        step = num_tokens // 37 | 1
+        yield fused_kernels.key_centre(qkv, norm.key_norm.scale, rope, step), theirs
+
+
+def e4m3_cases(dtype, shape, arithmetic):
+    """What attention in e4m3 reads and what it gives."""
+    batch, tokens, heads, channels = shape
+    if arithmetic == "bf16":
+        qkv, rope = (
+            random(batch, tokens, 3 * heads * channels).to(dtype),
+            random(2, tokens, channels // 2),
+        )
+        norm, one = QKNorm(channels), torch.ones(batch, tokens, 1)
+        scales = norm.query_norm.scale, norm.key_norm.scale
+        centre = fused.key_centre(qkv, norm, rope)
+        ours, theirs = torch.zeros(2, 3, batch, tokens, heads, channels, dtype=torch.float8_e4m3fn)
+        fused_kernels.norm_rotate_out(qkv, *scales, rope, ours, centre)
+        fused.norm_rotate_out(qkv, norm, rope, theirs, centre)
+        yield QuantizedRows(values=ours, scale=one), QuantizedRows(values=theirs, scale=one)
+    attended = random(*shape[:2], heads, channels).to(torch.float8_e4m3fn)
+    inner = random(batch, tokens, 320).to(dtype)
+    given = attended, inner, arithmetic, dtype
+    yield fused_kernels.join(*given), fused.join(*given)
+
+
 def join_cases(dtype, shape, arithmetic):
     batch, tokens, heads, channels = shape
     attended = random(batch, heads, tokens, channels).to(dtype).transpose(1, 2)
     inner = random(batch, tokens, 5 * 64 + 2).to(dtype)[..., 2:]
-    yield fused_kernels.join(attended, inner, arithmetic), fused.join(attended, inner, arithmetic)
-    yield fused_kernels.join(None, inner, arithmetic), fused.join(None, inner, arithmetic)
-    yield fused_kernels.join(attended, None, arithmetic), fused.join(attended, None, arithmetic)
+    for parts in ((attended, inner), (None, inner), (attended, None)):
+        given = *parts, arithmetic, dtype
+        yield fused_kernels.join(*given), fused.join(*given)
 
 
 def wrong_kernels():
-    for cases in (norm_cases, rotate_cases, join_cases):
+    for cases in (norm_cases, rotate_cases, join_cases, centre_cases, e4m3_cases):
         cases_of = [(torch.float32, shape) for shape in SHAPES] + [(torch.bfloat16, SHAPES[0])]
         for (dtype, shape), arithmetic in itertools.product(cases_of, ARITHMETICS):
             for number, (ours, theirs) in enumerate(cases(dtype, shape, arithmetic)):
@@ -108,7 +144,7 @@ def nan_passes():
     x = torch.zeros(1, 2, 128)
     x[0, 1, 5] = torch.nan
     for arithmetic in ("fp8", "int8"):
-        rows = fused_kernels.join(None, x, arithmetic)
+        rows = fused_kernels.join(None, x, arithmetic, x.dtype)
         product = rows.values.float() * rows.scale
         if product[0, 0].isnan().any() or not product[0, 1].isnan().any():
             yield "NaN is lost", arithmetic

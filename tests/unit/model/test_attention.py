@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from flux_nf4.errors import InputError
-from flux_nf4.model import attention
+from flux_nf4.model import attention, attention_fp8
 
 
 @pytest.fixture
@@ -94,14 +94,15 @@ def card(monkeypatch):
 
 
 def test_attention_is_exact_by_default_and_everywhere():
-    assert attention.choose_attention("exact", torch.device("cpu")) is attention.attend
+    assert attention.choose_attention("exact", torch.device("cpu")) is attention.EXACT
+    assert attention.EXACT.attend is attention.attend
 
 
 def test_eight_bits_are_left_to_the_library_with_tokens_before_heads(card):
     device, layouts = card
     q, k, v = torch.randn(3, 2, 5, 4, 64, generator=torch.Generator().manual_seed(1))
 
-    attended = attention.choose_attention("int8", device)(q, k, v)
+    attended = attention.choose_attention("int8", device).attend(q, k, v)
 
     assert layouts == ["NHD"]
     assert torch.equal(attended, attention.attend(q, k, v))
@@ -122,6 +123,30 @@ def test_eight_bits_need_the_library(card, monkeypatch):
     with pytest.raises(InputError, match="sageattention") as caught:
         attention.choose_attention("int8", card[0])
     assert "pip install 'flux-nf4[sage]'" in caught.value.hint
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])
+def test_e4m3_is_cudnns(monkeypatch, capability):
+    monkeypatch.setattr(attention.torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name)
+    chosen = attention.choose_attention("fp8", torch.device("cuda"))
+    assert chosen == attention.Attention(attention_fp8.attend_fp8, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
+def test_e4m3_needs_a_gpu_that_cudnn_serves(monkeypatch, capability):
+    monkeypatch.setattr(attention.torch.cuda, "get_device_capability", lambda _: capability)
+    with pytest.raises(InputError, match="`cuda` has no attention in fp8") as caught:
+        attention.choose_attention("fp8", torch.device("cuda"))
+    assert "H200" in caught.value.hint
+
+
+def test_e4m3_needs_the_library(monkeypatch):
+    monkeypatch.setattr(attention.torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match="cudnn") as caught:
+        attention.choose_attention("fp8", torch.device("cuda"))
+    assert "pip install 'flux-nf4[cudnn]'" in caught.value.hint
 
 
 def test_a_way_that_nobody_knows_is_refused():

@@ -4,11 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerances import BF16_ERROR_RATIO, EIGHT_BIT_STEP, FLUX_FP32, relative_error
+from tolerances import (
+    BF16_ERROR_RATIO,
+    EIGHT_BIT_STEP,
+    FLUX_FP32,
+    FP8_ATTENTION_STEP,
+    relative_error,
+)
 
 from flux_nf4.model import blocks as plain_blocks
 from flux_nf4.model import fused
 from flux_nf4.model.arithmetic import set_arithmetic
+from flux_nf4.model.attention import Attention, attend
 from flux_nf4.model.build import build_transformer
 from flux_nf4.model.fast_step import fast_step, fused_step
 from flux_nf4.model.rope import rope_table
@@ -157,7 +164,26 @@ def test_a_step_attends_as_it_is_told_to_in_every_block(build):
         calls.append(q.shape)
         return torch.zeros_like(v)
 
-    told = fused_step(blocks, *inputs(blocks.config), attend=zeros)
+    told = fused_step(blocks, *inputs(blocks.config), Attention(zeros))
 
     assert len(calls) == len(blocks.double_blocks) + len(blocks.single_blocks)
     assert not torch.equal(told, fused_step(blocks, *inputs(blocks.config)))
+
+
+@pytest.mark.parametrize("arithmetic", ["bf16", "int8"])
+@torch.no_grad()
+def test_attention_in_e4m3_gets_and_gives_e4m3_and_moves_the_velocity_little(build, arithmetic):
+    blocks, dtypes = build(), set()
+    set_arithmetic(blocks, arithmetic)
+
+    def in_e4m3(*heads):
+        dtypes.update(each.dtype for each in heads)
+        return attend(*(each.float() for each in heads)).to(torch.float8_e4m3fn)
+
+    given = inputs(blocks.config)
+    found = fused_step(blocks, *given, Attention(in_e4m3, torch.float8_e4m3fn))
+    exact = fused_step(blocks, *given)
+
+    assert dtypes == {torch.float8_e4m3fn}  # to which keys come centred
+    assert found.dtype == exact.dtype
+    assert 0 < relative_error(found, exact) < FP8_ATTENTION_STEP
