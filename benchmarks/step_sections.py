@@ -123,6 +123,8 @@ def drawing(
         return
     if way == "exact":
         yield from _waterfall(setting, model, arithmetic)
+    else:
+        others = list(setting.shapes)
     for side, batch in others:
         record = {"kind": "step", "name": name}
         record["settings"] = settings | {"width": side, "height": side, "batch": batch}

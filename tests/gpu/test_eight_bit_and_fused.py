@@ -186,16 +186,30 @@ def attention_of(wish):
 @pytest.mark.parametrize(
     ("wish", "tolerance"), [("int8", INT8_ATTENTION_STEP), ("fp8", FP8_ATTENTION_STEP)]
 )
-@pytest.mark.parametrize("arithmetic", ["bf16", "fp8"])
 @torch.no_grad()
-def test_attention_in_eight_bits_moves_the_velocity_little(blocks, wish, tolerance, arithmetic):
-    require(arithmetic)
-    chosen = attention_of(wish)
-    given = inputs(blocks.config)
-    set_arithmetic(blocks, arithmetic)
+def test_attention_in_eight_bits_moves_the_velocity_little(blocks, wish, tolerance):
+    exact = blocks.plain_step(*inputs(blocks.config, torch.float32))
+    found = fused_step(blocks, *inputs(blocks.config), attention_of(wish))
+    assert relative_error(found, exact) < tolerance
+
+
+@torch.no_grad()
+def test_attention_in_e4m3_joins_products_in_eight_bits(blocks):
+    chosen, given = attention_of("fp8"), inputs(blocks.config)
+    set_arithmetic(blocks, "fp8")
     exact, found = fused_step(blocks, *given), fused_step(blocks, *given, chosen)
     set_arithmetic(blocks, "bf16")
-    assert relative_error(found, exact) < tolerance
+    assert relative_error(found, exact) < FP8_ATTENTION_STEP
+
+
+@pytest.mark.parametrize("num_tokens", [1, 33, 4608])
+@torch.no_grad()
+def test_the_centre_of_keys_equals_pytorch(monkeypatch, num_tokens):
+    qkv = random(BATCH, num_tokens, 7 * 3 * 128)[..., : 3 * 3 * 128]
+    norm, rope = QKNorm(128).cuda(), random(2, num_tokens, 64, dtype=torch.float32)
+    ours = fused.key_centre(qkv, norm, rope)
+    theirs = in_pytorch(monkeypatch, lambda: fused.key_centre(qkv, norm, rope))
+    assert relative_error(ours, theirs) < FUSED_BF16
 
 
 @torch.no_grad()

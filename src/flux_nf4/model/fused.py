@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from flux_nf4.model.blocks import QKNorm, RMSNorm
 
-CENTRE_TOKENS = 256  # whose mean stands for all keys, about
+CENTRE_TOKENS = 128  # whose mean stands for all keys, about
 # What a product reads: (B, S, X), plain or quantised.
 Rows: TypeAlias = Tensor | QuantizedRows
 
@@ -99,7 +99,7 @@ def norm_rotate_out(
 
 
 def key_centre(qkv_BSX: Tensor, norm: QKNorm, rope_2SF: Tensor) -> Tensor:
-    """The mean of some keys, normed and rotated: (B, S, 3 * H) -> (B, N, D) float32.
+    """The mean of some keys, normed and rotated: (B, S, 3 * H) -> (B, N, D).
 
     Whatever is subtracted from all keys alike changes no attention: every score of a query moves by
     the same. But keys have much in common, and e4m3 rounds what is left much less. So some tokens
@@ -110,7 +110,7 @@ def key_centre(qkv_BSX: Tensor, norm: QKNorm, rope_2SF: Tensor) -> Tensor:
     if (fused := kernels(qkv_BSX.device.type)) is not None:
         return fused.key_centre(qkv_BSX, norm.key_norm.scale, rope_2SF, step)
     k = qkv_BSX[:, ::step].unflatten(-1, (3, -1, head_dim))[:, :, 1]
-    return _normed_rotated(k, norm.key_norm, rope_2SF[:, ::step]).mean(1)
+    return _normed_rotated(k, norm.key_norm, rope_2SF[:, ::step]).mean(1).to(qkv_BSX.dtype)
 
 
 def _normed_rotated(x_BSND: Tensor, norm: RMSNorm, rope_2SF: Tensor) -> Tensor:

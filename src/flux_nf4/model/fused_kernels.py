@@ -28,7 +28,7 @@ from flux_nf4.nf4.triton_kernels import (
 # of a row and the bytes of one that is written.
 NORM_WARPS = 4
 ROTATE_WARPS = 4
-CENTRE_ROWS = 32  # tokens at a time
+CENTRE_ROWS, CENTRE_WARPS = 128, 8  # tokens at a time
 VALUES_PER_JOIN_WARP = {1: 2048, 2: 1024, 4: 1024}
 MAX_WARPS = 16
 
@@ -172,7 +172,7 @@ def _rotate_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
         if HAS_CENTRE:  # noqa: SIM102  known when it is compiled
             if role == 1:
                 centre = centre_BND + (batch * N + n[:, None]) * D + d[None, :]
-                turned -= tl.load(centre, mask=mask, other=0.0)
+                turned -= tl.load(centre, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + place, turned.to(out.dtype.element_ty), mask=mask)
 
 
@@ -230,7 +230,8 @@ def _centre_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
         cos = tl.load(cos_SF + token * (D // 2) + f[None, :], mask=half, other=0.0)
         sin = tl.load(sin_SF + token * (D // 2) + f[None, :], mask=half, other=0.0)
         total += tl.sum(_normed_rotated(x, scale, cos, sin, EPSILON, D, ROWS, D_SIZE), axis=0)
-    tl.store(out_BND + (batch * N + head) * D + d, total / num_rows, mask=d < D)
+    mean = (total / num_rows).to(out_BND.dtype.element_ty)
+    tl.store(out_BND + (batch * N + head) * D + d, mean, mask=d < D)
 
 
 def key_centre(qkv_BSX: Tensor, k_scale_D: Tensor, rope_2SF: Tensor, step: int) -> Tensor:
@@ -238,7 +239,7 @@ def key_centre(qkv_BSX: Tensor, k_scale_D: Tensor, rope_2SF: Tensor, step: int) 
     num_batch, num_tokens, width = qkv_BSX.shape
     head_dim = 2 * rope_2SF.shape[2]
     num_heads = width // (3 * head_dim)
-    out = qkv_BSX.new_empty(num_batch, num_heads, head_dim, dtype=torch.float32)
+    out = qkv_BSX.new_empty(num_batch, num_heads, head_dim)
     cos_SF, sin_SF = rope_2SF
     with on_device(qkv_BSX.device):
         _centre_kernel[(num_batch, num_heads)](
@@ -249,7 +250,7 @@ def key_centre(qkv_BSX: Tensor, k_scale_D: Tensor, rope_2SF: Tensor, step: int) 
             D=head_dim,
             ROWS=CENTRE_ROWS,
             D_SIZE=triton.next_power_of_2(head_dim),
-            num_warps=ROTATE_WARPS,
+            num_warps=CENTRE_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
     return out

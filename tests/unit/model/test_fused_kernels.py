@@ -70,8 +70,8 @@ def test_rotation_compiles(capability: int, out: str) -> None:
     if out == "i8":
         return  # heads are in bfloat16, or in e4m3 for attention in e4m3
     signature = bfloat16("qkv_BSX") | dict.fromkeys(("q_out", "k_out", "v_out"), f"*{out}")
-    pointers = ("q_scale_D", "k_scale_D", "cos_SF", "sin_SF", "centre_BND")
-    signature |= dict.fromkeys(pointers, "*fp32")
+    signature |= dict.fromkeys(("q_scale_D", "k_scale_D", "cos_SF", "sin_SF"), "*fp32")
+    signature |= bfloat16("centre_BND")
     signature |= integers("num_tokens", "qkv_batch", "qkv_token")
     signature |= integers(*(f"{x}_{step}" for x in "qkv" for step in ("batch", "token", "head")))
     constants = {"EPSILON": EPSILON, "N": 24, "D": 128, "N_SIZE": 32, "D_SIZE": 128}
@@ -83,12 +83,12 @@ def test_rotation_compiles(capability: int, out: str) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_centre_compiles(capability: int) -> None:
-    signature = bfloat16("qkv_BSX")
-    signature |= dict.fromkeys(("scale_D", "cos_SF", "sin_SF", "out_BND"), "*fp32")
+    signature = bfloat16("qkv_BSX", "out_BND")
+    signature |= dict.fromkeys(("scale_D", "cos_SF", "sin_SF"), "*fp32")
     signature |= integers("num_tokens", "step", "qkv_batch", "qkv_token")
     constants = {"EPSILON": EPSILON, "N": 24, "D": 128, "D_SIZE": 128}
     constants["ROWS"] = fused_kernels.CENTRE_ROWS
-    warps = fused_kernels.ROTATE_WARPS
+    warps = fused_kernels.CENTRE_WARPS
     kernel = fused_kernels._centre_kernel
     assert compile_for(capability, kernel, signature, constants, num_warps=warps)
 
