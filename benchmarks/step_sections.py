@@ -265,8 +265,8 @@ def peers(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def other_peers(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Those without a compiler at the other shapes."""
-    for side, batch in setting.shapes[1:]:
+    """Those without a compiler at the other shapes, the largest first."""
+    for side, batch in reversed(setting.shapes[1:]):
         chosen = tuple(peer for peer in PEERS if not peer.is_compiled)
         yield from _peers(setting, side, batch, chosen)
 

@@ -1,5 +1,7 @@
 """Plans carried out on a real GPU: the same images under every budget, and the peak as planned."""
 
+import gc
+
 import pytest
 import torch
 from tiny_pipeline import save_tiny_folder, tiny_parts
@@ -20,6 +22,14 @@ MIB = 2**20
 def folder(tmp_path_factory):
     parts = tiny_parts(num_double_blocks=10, num_single_blocks=30)
     return save_tiny_folder(tmp_path_factory.mktemp("gpu") / "model", models=parts)
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    """What tests before this one left behind is not this one's: models, workspaces of cuBLAS."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
 
 
 def opened(path, **settings):

@@ -54,7 +54,7 @@ def text_bytes(inventory: Inventory, workload: Workload) -> int:
     feed_forward = bias + 6 * row * sizes.t5_mlp_width + inventory.t5_scratch_bytes
     clip_row = workload.num_passes * CLIP_TOKENS * sizes.compute_bytes
     clip = 5 * clip_row * sizes.clip_mlp_width
-    return 3 * row * sizes.context_dim + max(attention, feed_forward, bias + buckets, clip)
+    return 3 * row * sizes.context_dim + max(attention, feed_forward, 2 * bias + buckets, clip)
 
 
 def embedding_bytes(sizes: Sizes, workload: Workload) -> int:

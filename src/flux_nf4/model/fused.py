@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from flux_nf4.model.blocks import QKNorm, RMSNorm
 
-CENTRE_TOKENS = 128  # whose mean stands for all keys, about
+CENTRE_TOKENS = 32  # whose mean stands for all keys, about
 # What a product reads: (B, S, X), plain or quantised.
 Rows: TypeAlias = Tensor | QuantizedRows
 

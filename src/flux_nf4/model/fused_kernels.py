@@ -28,7 +28,7 @@ from flux_nf4.nf4.triton_kernels import (
 # of a row and the bytes of one that is written.
 NORM_WARPS = 4
 ROTATE_WARPS = 4
-CENTRE_ROWS, CENTRE_WARPS = 128, 8  # tokens at a time
+CENTRE_ROWS, CENTRE_WARPS = 32, 4  # tokens at a time
 VALUES_PER_JOIN_WARP = {1: 2048, 2: 1024, 4: 1024}
 MAX_WARPS = 16
 

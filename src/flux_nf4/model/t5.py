@@ -108,7 +108,8 @@ class _SelfAttention(nn.Module):
         """What each head adds for each distance: (1, N, T, T)."""
         positions_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
         buckets_TT = distance_buckets(positions_T[None] - positions_T[:, None])
-        return self.relative_attention_bias(buckets_TT).permute(2, 0, 1)[None]
+        # All layers read it: heads first, or each of them would copy it.
+        return self.relative_attention_bias(buckets_TT).permute(2, 0, 1).contiguous()[None]
 
     def forward(self, x_BTD: Tensor, bias_1NTT: Tensor) -> Tensor:
         q, k, v = (
