@@ -8,7 +8,8 @@ step takes uncapped or its bytes take on the bus as measured, whichever is longe
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.waterfall import Record, read
@@ -110,24 +111,37 @@ def chart(ways: Mapping[str, Sequence[Record]]) -> str:
     for number, cap in enumerate(caps):
         label = "no cap" if cap == "none" else f"{cap} GiB"
         page.text(panel.at(number, 0)[0], _HEIGHT - 36, label, anchor="middle", colour=MUTED)
-    colours, names = iter(COLOURS * len(found)), []
+    colours, names, lines = iter(COLOURS * len(found)), [], []
     for name, points in found.items():
         colour = MUTED if name.startswith("Diffusers") else next(colours)
         places = sorted((caps.index(cap), ms) for cap, ms in points.items())
         panel.line(places, colour, width=2)
+        lines.append([panel.at(x, y) for x, y in places])
         for x, y in places:
             page.dot(*panel.at(x, y), colour, title=f"{name}: {y:.1f} ms")
         x, y = panel.at(*places[-1])
         names.append((y + 4, x + 10, name, colour))
     placed: list[tuple[float, float, float]] = []  # left, right, baseline
-    for y, x, name, colour in sorted(names, reverse=True):  # from the lowest up, none on another
+    # From the lowest up, none on another or on a line.
+    for y, x, name, colour in sorted(names, reverse=True):
         right = x + _CHARACTER * len(name)
+        heights = [height for line in lines for height in _heights(line, x, right)]
+        while any(-5 < y - height < _LINE - 3 for height in heights):
+            y -= 1
         for left, end, taken in placed:
             if left < right and x < end and abs(taken - y) < _LINE:
                 y = taken - _LINE
         placed.append((x, right, y))
         page.text(x, y, name, colour=colour)
     return page.to_svg()
+
+
+def _heights(line: Sequence[tuple[float, float]], left: float, right: float) -> Iterator[float]:
+    """Where a line enters and leaves what lies between two places."""
+    for (x1, y1), (x2, y2) in itertools.pairwise(line):
+        if x1 < right and left < x2:
+            for x in (max(left, x1), min(right, x2)):
+                yield y1 + (y2 - y1) * (x - x1) / (x2 - x1)
 
 
 def tables(ways: Mapping[str, Sequence[Record]], bus_bytes_per_s: float | None = None) -> str:

@@ -1,12 +1,17 @@
 """Models on a fake device: what they are asked, what they draw, and the budgets to try."""
 
+import contextlib
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from fake_device import Counting, FakeDevice
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from flux_nf4.memory.plan import smallest_budget
+from flux_nf4.pipeline import generate as generation
 from flux_nf4.pipeline.events import ImageDone, Notice
 from flux_nf4.pipeline.generate import GenerationRequest, generate, workload_of
 from flux_nf4.pipeline.load import LoadSettings, load_model
@@ -49,11 +54,29 @@ def unmanaged(path):
 
 def draw(model, request):
     """The pixels of a request's images, and what was said."""
-    device = model.memory.residency and model.memory.residency.device
-    with Counting(device or FakeDevice()):
+    device = (model.memory.residency and model.memory.residency.device) or FakeDevice()
+    with contextlib.ExitStack() as stack:
+        for name in ("make_schedule", "_draw"):
+            function = getattr(generation, name)
+            stack.enter_context(patch.object(generation, name, _on_the_host(function, device)))
+        stack.enter_context(Counting(device))
         events = list(generate(model, request))
     images = [event.image.tobytes() for event in events if isinstance(event, ImageDone)]
     return images, [event.message for event in events if isinstance(event, Notice)]
+
+
+def _on_the_host(function, device):
+    """What it makes is in main memory, which a fake device on a CPU cannot see by itself."""
+
+    def call(*arguments, **options):
+        with _disable_current_modes():
+            result = function(*arguments, **options)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                device.leave_out(leaf)
+        return result
+
+    return call
 
 
 def budgets(model, request, count=6):
