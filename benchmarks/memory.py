@@ -7,7 +7,7 @@ the order of what matters, and none is begun after `--seconds`:
 
     loads       from opening the file to the first step, and to the second image; warmed up and not
     caps        the bus, and nf4 v2 from the file under every cap, in both arithmetics
-    storages    the other storages in our engine
+    storages    the other storages in our engine; fp8 and bf16 from files, of which one lies there
     more        896 x 1152, and weights that stay in the file
     peers       Diffusers' own ways, each under the smallest cap that it runs under
 
@@ -35,6 +35,7 @@ import torch
 
 from benchmarks import memory_peers
 from flux_nf4.errors import FluxNF4Error
+from flux_nf4.formats.allinone import write_all_in_one
 from flux_nf4.formats.checkpoint import Checkpoint, open_checkpoint
 from flux_nf4.memory.activations import Workload
 from flux_nf4.memory.budget import CONTEXT_BYTES
@@ -57,6 +58,7 @@ NO_TIME = "not run: no time was left"
 # GiB; no cap is not the first, as clocks fall while the device warms up.
 CAPS = (12.0, None, 8.0, 6.0, 4.0, 2.0, 1.5, 1.0)
 _STEPS_OF_AN_IMAGE = 28
+_DTYPES = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}  # of a storage that has a file
 _ALIGNMENT_BYTES = 2**20
 _BUS_BYTES = 2**28
 LINKS = {"PCIe 3.0 x16": 12.6e9, "PCIe 4.0 x8": 12.6e9, "PCIe 4.0 x16": 25.2e9}  # bytes a second
@@ -119,11 +121,13 @@ def cases(parts: Collection[str], shared: dict[str, Any]) -> list[dict[str, Any]
             for cap in CAPS
         ]
     if "storages" in parts:
-        found += [
-            ours | {"storage": storage, "cap_gib": cap, "size": sizes[0]}
-            for cap in (12.0, 8.0, 6.0)
-            for storage in ("nf4 v1", "fp8", "bf16")
-        ]
+        for storage in ("nf4 v1", *_DTYPES):
+            if storage in _DTYPES:
+                found.append({"case": "write", "storage": storage, "cap_gib": None})
+            found += [
+                ours | {"storage": storage, "cap_gib": cap, "size": sizes[0]}
+                for cap in (12.0, 8.0, 6.0, 4.0, 2.0)
+            ]
     if "more" in parts:
         found += [ours | {"cap_gib": cap, "size": sizes[-1], "arithmetic": "bf16"} for cap in CAPS]
         found += [ours | {"cap_gib": cap, "size": sizes[0], "ram": 0} for cap in (6.0, 2.0)]
@@ -148,7 +152,7 @@ def _measured_before(output: Path) -> list[dict[str, Any]]:
 def _is_known(case: dict[str, Any], measured: list[dict[str, Any]]) -> bool:
     """Whether it has run, or a peer has under less: none of them plans by how much there is."""
     keys = (case.keys() | {"ram"}) - ({"cap_gib"} if case["case"] == "peer" else set())
-    return any(
+    return case["case"] != "write" and any(
         "error" not in each and all(each.get(key) == case.get(key) for key in keys)
         for each in measured
     )
@@ -176,6 +180,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "ours": _measure_ours,
         "load": _measure_load,
         "bus": _measure_bus,
+        "write": _write,
         "peer": memory_peers.measure,
         "prepare": memory_peers.prepare,
     }[case["case"]]
@@ -210,18 +215,31 @@ def _checkpoint(case: dict[str, Any]) -> Checkpoint:
         return open_checkpoint(case["file"])
     if storage == "nf4 v1":
         return random_checkpoint(case["model"], form="nf4 v1")
-    checkpoint = random_checkpoint(case["model"])
-    transformer = checkpoint.components["transformer"]
-    dtype = torch.float8_e4m3fn if storage == "fp8" else torch.bfloat16
-    outlines = {}
-    for name in transformer.entries:
-        shape = entry_shape(transformer, name)
-        wanted = dtype if len(shape) == 2 else torch.bfloat16
-        outlines[name] = torch.empty(shape, dtype=wanted, device="meta")
-    plain = dataclasses.replace(transformer, entries=RandomEntries(outlines, 0))
-    return dataclasses.replace(
-        checkpoint, components={**checkpoint.components, "transformer": plain}
-    )
+    return open_checkpoint(_storage_file(case, storage))
+
+
+def _storage_file(case: dict[str, Any], storage: str) -> Path:
+    return Path(case["folder"]) / f"{case['model']}-{storage}.safetensors"
+
+
+def _write(case: dict[str, Any]) -> dict[str, Any]:
+    """Write a model in another storage as an all-in-one file, in place of that before it."""
+    began = time.perf_counter()
+    for storage in _DTYPES.keys() - {case["storage"]}:
+        _storage_file(case, storage).unlink(missing_ok=True)
+    file = _storage_file(case, case["storage"])
+    if not file.exists():
+        checkpoint = random_checkpoint(case["model"])
+        transformer = checkpoint.components["transformer"]
+        outlines = {}
+        for name in transformer.entries:
+            shape = entry_shape(transformer, name)
+            dtype = _DTYPES[case["storage"]] if len(shape) == 2 else torch.bfloat16
+            outlines[name] = torch.empty(shape, dtype=dtype, device="meta")
+        entries = {kind: part.entries for kind, part in checkpoint.components.items()}
+        entries["transformer"] = RandomEntries(outlines, 0)
+        write_all_in_one(file, entries, checkpoint.facts)
+    return {"seconds": time.perf_counter() - began, "bytes": file.stat().st_size}
 
 
 def _measure_bus(case: dict[str, Any]) -> dict[str, Any]:
