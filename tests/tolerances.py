@@ -59,6 +59,7 @@ SEARCH_EXCESS = 1e-3
 # hoard. The VAE's has room for cuDNN's copies of a convolution's ends, which a CPU does not make.
 ACTIVATIONS_LEAST_SHARE = 0.85
 DECODE_LEAST_SHARE = 0.4
+DECODE_ON_A_GPU_LEAST_SHARE = 0.85
 # The same of `flux-nf4 info` of a file of 12 GB, promised within 1 s.
 INFO_CPU_SECONDS = 1.0
 # Predicted against the peak of a throw-away prototype, whose buffers were not quite ours.

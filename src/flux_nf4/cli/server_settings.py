@@ -49,7 +49,7 @@ class ModelSettings:
         "--attention",
         metavar="NAME",
         default="exact",
-        help="`exact`; `fp8` with cuDNN, `int8` with SageAttention [exact]",
+        help="`exact`; in 8 bits: `fp8`, `int8` [exact]",
         group="Model",
     )
 

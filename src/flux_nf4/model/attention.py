@@ -61,8 +61,9 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class _Library:
-    """What attends in 8 bits: its names, and which GPUs it serves."""
+    """What attends in 8 bits: how, its names, and which GPUs it serves."""
 
+    attention: Attention
     package: str
     extra: str
     serves: Callable[[tuple[int, int]], bool]  # compute capability
@@ -96,7 +97,7 @@ def choose_attention(wish: AttentionWish, device: torch.device) -> Attention:
             f"attention in {wish} needs the package {library.package}, which is not installed",
             hint=f"`pip install 'flux-nf4[{library.extra}]'`, or use `exact`",
         )
-    return _IN_EIGHT_BITS[wish]
+    return library.attention
 
 
 def attend(q_BSND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
@@ -117,12 +118,9 @@ def attend_int8(q_BSND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
 
 
 EXACT = Attention(attend)
-_IN_EIGHT_BITS = {
-    "fp8": Attention(attention_fp8.attend_fp8, torch.float8_e4m3fn),
-    "int8": Attention(attend_int8),
-}
 _LIBRARIES = {
     "fp8": _Library(
+        attention=Attention(attention_fp8.attend_fp8, torch.float8_e4m3fn),
         package="cudnn",
         extra="cudnn",
         # On GeForce cards of compute capability 12 cuDNN has none.
@@ -130,6 +128,7 @@ _LIBRARIES = {
         needs="an H100, H200, B200 or their kin",
     ),
     "int8": _Library(
+        attention=Attention(attend_int8),
         package="sageattention",
         extra="sage",
         # Its kernels hold data types and instructions of Ampere's.

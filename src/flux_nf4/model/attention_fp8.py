@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux_nf4.errors import InputError
+
 _WEIGHT_SCALE = 256.0  # a power of two below e4m3's largest, 448
 
 # A handle of cuDNN's serves one thread at a time.
@@ -32,7 +34,7 @@ def attend_fp8(q_BSND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
     """As `attention.attend`, of contiguous e4m3 and to e4m3: (B, S, N, D) three times -> the same.
 
     Raises:
-        RuntimeError: cuDNN has no kernel for this shape.
+        InputError: this version of cuDNN has no kernel for heads of this size.
     """
     out = torch.empty_like(q_BSND)
     device = q_BSND.device
@@ -98,11 +100,18 @@ def _plan(device: torch.device, batch: int, tokens: int, num_heads: int, head_di
     for each in largest:  # of weights and result; nobody reads them
         each.set_output(False).set_data_type(float32)
         each.set_dim(scalar["dim"]).set_stride(scalar["stride"])
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A])
-    graph.check_support()
-    graph.build_plans()
+    try:
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A])
+        graph.check_support()
+        graph.build_plans()
+    except cudnn.cudnnGraphNotSupportedError as error:
+        raise InputError(
+            f"cuDNN {cudnn.backend_version()} has no attention in fp8 for heads of {head_dim} "
+            f"channels on `{device}`",
+            hint="use `exact`",
+        ) from error
     return _Plan(
         graph=graph,
         handle=handle,

@@ -7,10 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flux_nf4.errors import InputError
 from flux_nf4.model import attention, attention_fp8
 
 E4M3 = torch.float8_e4m3fn
 SHAPE = (2, 5, 3, 64)
+
+
+class NotSupportedError(Exception):
+    pass
 
 
 class Described:
@@ -45,6 +50,11 @@ class Graph:
     def __getattr__(self, name):
         return lambda *_: self.steps.append(name)
 
+    def check_support(self):
+        self.steps.append("check_support")
+        if self.inputs["q"].facts["dim"][3] % 16:
+            raise NotSupportedError
+
     def get_workspace_size(self):
         return 0
 
@@ -77,6 +87,8 @@ def graphs(monkeypatch):
     library = SimpleNamespace(
         pygraph=pygraph,
         create_handle=lambda: "handle",
+        backend_version=lambda: 91900,
+        cudnnGraphNotSupportedError=NotSupportedError,
         set_stream=lambda handle, stream: streams.append((handle, stream)),
         data_type=SimpleNamespace(FP8_E4M3="e4m3", FLOAT="float"),
         heur_mode=SimpleNamespace(A="A"),
@@ -90,7 +102,7 @@ def graphs(monkeypatch):
     yield built
     for cached in (attention_fp8._plan, attention_fp8._handle):
         cached.cache_clear()
-    assert set(streams) == {("handle", 7)}
+    assert set(streams) <= {("handle", 7)}
 
 
 def heads(*shape):
@@ -108,6 +120,11 @@ def test_it_is_attention_with_weights_and_result_in_e4m3(graphs):
     assert float((attended.float() - exact).norm() / exact.norm()) < 0.05
     order = ["validate", "build_operation_graph", "create_execution_plans", "check_support"]
     assert graphs[0].steps == [*order, "build_plans"]
+
+
+def test_heads_that_cudnn_has_no_kernel_for_are_told(graphs):
+    with pytest.raises(InputError, match="cuDNN 91900 has no attention in fp8 for heads of 24"):
+        attention_fp8.attend_fp8(*heads(1, 5, 3, 24))
 
 
 def test_a_shape_is_planned_once(graphs):
