@@ -182,7 +182,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "bus": _measure_bus,
         "write": _write,
         "peer": memory_peers.measure,
-        "prepare": memory_peers.prepare,
+        "prepare": _prepare_peers,
     }[case["case"]]
     try:
         measured = measure(case)
@@ -224,10 +224,8 @@ def _storage_file(case: dict[str, Any], storage: str) -> Path:
 
 def _write(case: dict[str, Any]) -> dict[str, Any]:
     """Write a model in another storage as an all-in-one file, in place of that before it."""
-    began = time.perf_counter()
-    for storage in _DTYPES.keys() - {case["storage"]}:
-        _storage_file(case, storage).unlink(missing_ok=True)
-    file = _storage_file(case, case["storage"])
+    began, file = time.perf_counter(), _storage_file(case, case["storage"])
+    _clear(case, but=file)
     if not file.exists():
         checkpoint = random_checkpoint(case["model"])
         transformer = checkpoint.components["transformer"]
@@ -240,6 +238,19 @@ def _write(case: dict[str, Any]) -> dict[str, Any]:
         entries["transformer"] = RandomEntries(outlines, 0)
         write_all_in_one(file, entries, checkpoint.facts)
     return {"seconds": time.perf_counter() - began, "bytes": file.stat().st_size}
+
+
+def _clear(case: dict[str, Any], but: Path | None = None) -> None:
+    """Make room on the disk, which has none for all storages."""
+    for storage in _DTYPES:
+        file = _storage_file(case, storage)
+        if file != but:
+            file.unlink(missing_ok=True)
+
+
+def _prepare_peers(case: dict[str, Any]) -> dict[str, Any]:
+    _clear(case)
+    return memory_peers.prepare(case)
 
 
 def _measure_bus(case: dict[str, Any]) -> dict[str, Any]:
