@@ -372,8 +372,8 @@ SECTIONS = {
     "fp8": Section(_if_possible(drawing, "fp8"), 120),
     "int8": Section(_if_possible(drawing, "int8"), 90),
     "peers": Section(peers, 400),
-    # Once more: Triton's cache is warm now, so the first image waits for no compiler.
     "attention fp8": Section(_if_possible(drawing, "fp8", way="fp8"), 60),
+    # Once more: Triton's cache is warm now, so the first image waits for no compiler.
     "warm start fp8": Section(_if_possible(drawing, "fp8", rest=False), 60),
     "no rotation": Section(no_rotation, 60),
     "kernels": Section(kernels, 60),

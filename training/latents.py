@@ -22,7 +22,7 @@ from training.autoencoder import DRY_RUN_SIZES, LATENT_CHANNELS, SIZES, Autoenco
 from training.checkpoint import Journal, load_tensors
 from training.compose import Composer, load_sprites
 from training.dataset import load_scenes
-from training.runtime import Log, torch_settings
+from training.runtime import Log, compute_dtype, torch_settings
 from training.stage import weights_path
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ class EncodingJob:
 
 
 def make_autoencoder(device: torch.device, *, is_dry_run: bool) -> Autoencoder:
-    """The VAE as it is used, not trained: frozen, bfloat16 on CUDA."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    autoencoder = Autoencoder(DRY_RUN_SIZES if is_dry_run else SIZES).to(device, dtype).eval()
+    """The VAE as it is used, not trained: frozen."""
+    sizes = DRY_RUN_SIZES if is_dry_run else SIZES
+    autoencoder = Autoencoder(sizes).to(device, compute_dtype(device)).eval()
     autoencoder.requires_grad_(requires_grad=False)
     return autoencoder.to(memory_format=torch.channels_last)
 

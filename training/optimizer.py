@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from training.runtime import compute_dtype
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -29,10 +31,10 @@ WARM_UP_RUNS = 3
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Push all singular values of each matrix towards 1: (count, rows, columns) -> same.
 
-    In bfloat16, which is enough; on a CPU in float32, which it is faster in.
+    In `compute_dtype`: bfloat16 is enough.
     """
     first, second, third = NEWTON_SCHULZ
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(compute_dtype(matrices.device))
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT

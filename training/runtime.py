@@ -89,9 +89,15 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU; a CPU stays in float32, which it is faster in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 arithmetic on float32 weights; a CPU stays in float32, which it is faster in."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """Arithmetic in `compute_dtype` on float32 weights."""
+    is_cast = compute_dtype(device) != torch.float32
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_cast)
 
 
 def slowest_kernels(step: Callable[[], None], *, num_steps: int = 5, num_rows: int = 40) -> str:

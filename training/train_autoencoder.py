@@ -40,6 +40,7 @@ from training.runtime import (
     Log,
     StopRequest,
     autocast,
+    compute_dtype,
     decay,
     default_device,
     ramp,
@@ -190,7 +191,7 @@ def finish(training: Training) -> None:
     training.optimizer.use_average()
     model = training.model.eval().to(torch.bfloat16)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # what it is faster in
+    dtype = compute_dtype(device)
     model = model.to(dtype)
     num_scenes, batch_size = (512, 64) if device.type == "cuda" else (8, 4)
     psnr, means = [], []

@@ -9,6 +9,7 @@ from tolerances import (
     EIGHT_BIT_STEP,
     FLUX_FP32,
     FP8_ATTENTION_STEP,
+    KEYS_CENTRED,
     relative_error,
 )
 
@@ -173,17 +174,20 @@ def test_a_step_attends_as_it_is_told_to_in_every_block(build):
 @pytest.mark.parametrize("arithmetic", ["bf16", "int8"])
 @torch.no_grad()
 def test_attention_in_e4m3_gets_and_gives_e4m3_and_moves_the_velocity_little(build, arithmetic):
-    blocks, dtypes = build(), set()
+    blocks, dtypes, keys = build(), set(), []
     set_arithmetic(blocks, arithmetic)
 
     def in_e4m3(*heads):
         dtypes.update(each.dtype for each in heads)
+        keys.append(heads[1].float())
         return attend(*(each.float() for each in heads)).to(torch.float8_e4m3fn)
 
     given = inputs(blocks.config)
     found = fused_step(blocks, *given, Attention(in_e4m3, torch.float8_e4m3fn))
     exact = fused_step(blocks, *given)
 
-    assert dtypes == {torch.float8_e4m3fn}  # to which keys come centred
+    assert dtypes == {torch.float8_e4m3fn}
+    centred = [*(each[:, TXT:] for each in keys[: len(blocks.double_blocks)]), keys[-1]]
+    assert all(each.mean(1).abs().max() < KEYS_CENTRED for each in centred)
     assert found.dtype == exact.dtype
     assert 0 < relative_error(found, exact) < FP8_ATTENTION_STEP
