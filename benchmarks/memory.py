@@ -89,8 +89,9 @@ def main() -> None:
             write_random_model(file, options.model)
         shared = {"model": options.model, "device": options.device, "steps": options.steps}
         measured = _measured_before(options.output)
-        for case in cases(options.part.split(","), shared):
-            if _is_known(case, measured):
+        wanted = cases(options.part.split(","), shared)
+        for case in wanted:
+            if _is_known(case, measured, wanted):
                 continue
             left = end - time.monotonic()
             places = {"file": str(file), "folder": str(folder)}
@@ -126,7 +127,8 @@ def cases(parts: Collection[str], shared: dict[str, Any]) -> list[dict[str, Any]
                 found.append({"case": "write", "storage": storage, "cap_gib": None})
             found += [
                 ours | {"storage": storage, "cap_gib": cap, "size": sizes[0]}
-                for cap in (12.0, 8.0, 6.0, 4.0, 2.0)
+                for cap in CAPS
+                if cap is not None
             ]
     if "more" in parts:
         found += [ours | {"cap_gib": cap, "size": sizes[-1], "arithmetic": "bf16"} for cap in CAPS]
@@ -137,8 +139,8 @@ def cases(parts: Collection[str], shared: dict[str, Any]) -> list[dict[str, Any]
         ]
         found += [
             {"case": "peer", "storage": storage, "offload": offload, "cap_gib": cap}
-            for storage, offload in memory_peers.WAYS
-            for cap in (6.0, 8.0, 12.0)
+            for storage, offload, caps in memory_peers.WAYS
+            for cap in caps
         ]
     return [shared | case for case in found]
 
@@ -149,13 +151,28 @@ def _measured_before(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
-def _is_known(case: dict[str, Any], measured: list[dict[str, Any]]) -> bool:
-    """Whether it has run, or a peer has under less: none of them plans by how much there is."""
+def _is_known(
+    case: dict[str, Any], measured: list[dict[str, Any]], wanted: list[dict[str, Any]]
+) -> bool:
+    """Whether there is an answer; of a peer also one under less memory: none of them plans by it.
+
+    A file needs no writing where every case of its storage is known.
+    """
+    if case["case"] == "write":
+        of_it = [
+            each for each in wanted if each["case"] == "ours" and _is_same(each, case, "storage")
+        ]
+        return all(_is_known(each, measured, wanted) for each in of_it)
     keys = (case.keys() | {"ram"}) - ({"cap_gib"} if case["case"] == "peer" else set())
-    return case["case"] != "write" and any(
-        "error" not in each and all(each.get(key) == case.get(key) for key in keys)
-        for each in measured
-    )
+    return any(_is_answer(each) and _is_same(each, case, *keys) for each in measured)
+
+
+def _is_answer(measured: dict[str, Any]) -> bool:
+    return "error" not in measured or measured["error"].startswith("DoesNotFit")
+
+
+def _is_same(one: dict[str, Any], other: dict[str, Any], *keys: str) -> bool:
+    return all(one.get(key) == other.get(key) for key in keys)
 
 
 def _apart(case: dict[str, Any], seconds: float) -> dict[str, Any]:

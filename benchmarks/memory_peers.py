@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-# Storage, and how it is kept off the device.
+# Storage, how it is kept off the device, and the caps in GiB to try: it counts where it runs first.
+_SMALL, _LARGE = (2.0, 4.0, 6.0, 8.0, 12.0), (6.0, 8.0, 12.0)
 WAYS = (
-    ("nf4", "none"),
-    ("nf4", "group leaf"),
-    ("fp8", "group block"),
-    ("bf16", "group block"),
-    ("nf4", "group block"),
-    ("fp8", "none"),
-    ("bf16", "sequential"),
+    ("nf4", "none", _LARGE),
+    ("nf4", "group leaf", _LARGE),
+    ("fp8", "group block", _SMALL),
+    ("bf16", "group block", _SMALL),
+    ("nf4", "group block", _LARGE),
+    ("fp8", "none", _LARGE),
+    ("bf16", "sequential", _SMALL),
 )
 _NUM_STEPS = 8
 

@@ -19,7 +19,7 @@ stage() {
     kernels) python3 -m benchmarks.kernels ;;
     step) python3 -m benchmarks.step --out "$out" --limit "$2" --commit "$commit" ${SECTIONS:+--only "$SECTIONS"} ;;
     memory)
-        python3 -m benchmarks.memory "${KEPT:-$out}/memory.jsonl" --seconds "$2" --commit "$commit" \
+        python3 -m benchmarks.memory "${KEPT:-$out}/memory.jsonl" --seconds $(($2 - 15)) --commit "$commit" \
             ${PART:+--part "$PART"} ${KEPT:+--folder "$KEPT"}
         if [ -n "${KEPT:-}" ]; then cp "$KEPT/memory.jsonl" "$out"; fi
         ;;

@@ -13,12 +13,13 @@ PEER = {"case": "peer", "storage": "nf4", "offload": "none", "cap_gib": 8.0}
     [
         (OURS | {"step_ms": 1.0}, True),
         (OURS | {"error": "it was killed"}, False),
+        (OURS | {"error": "DoesNotFit: 2 GB are too little"}, True),
         (OURS | {"cap_gib": 8.0}, False),
         (OURS | {"ram": 0}, False),
     ],
 )
 def test_what_has_been_measured_is_known(before, is_known):
-    assert _is_known(OURS, [before]) == is_known
+    assert _is_known(OURS, [before], [OURS]) == is_known
 
 
 @pytest.mark.parametrize(
@@ -30,4 +31,16 @@ def test_what_has_been_measured_is_known(before, is_known):
     ],
 )
 def test_a_peer_that_ran_under_less_is_known(before, is_known):
-    assert _is_known(PEER, [PEER | before]) == is_known
+    assert _is_known(PEER, [PEER | before], [PEER]) == is_known
+
+
+def test_a_file_is_written_for_what_is_not_known_yet():
+    writing = {"case": "write", "storage": "fp8", "cap_gib": None}
+    wanted = [writing] + [
+        OURS | {"storage": storage, "cap_gib": cap}
+        for storage in ("fp8", "bf16")
+        for cap in (8.0, 6.0)
+    ]
+    half, all_of_it = [wanted[1]], wanted[1:3]
+    assert not _is_known(writing, half, wanted)
+    assert _is_known(writing, all_of_it, wanted)
