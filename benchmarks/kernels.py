@@ -4,7 +4,8 @@
 
 Prints a JSON line a measurement, with the share of the device's own copy bandwidth where bytes are
 the limit, and at the end the best values. The constants stand at the head of
-`nf4/triton_kernels.py`, `model/fused_kernels.py` and `model/attention.py`; change them there.
+`nf4/triton_kernels.py`, `nf4/triton_int8.py`, `model/fused_kernels.py` and `model/attention.py`;
+change them there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from triton.testing import do_bench
 
 from flux_nf4.model import attention, fused_kernels
 from flux_nf4.model.arithmetic import possible_arithmetic
-from flux_nf4.nf4 import eight_bit, triton_kernels
+from flux_nf4.nf4 import eight_bit, triton_int8, triton_kernels
 
 DEVICE = torch.device("cuda")
 TOKENS, HEADS, CHANNELS = 4608, 24, 128
@@ -93,10 +94,11 @@ def expand(kinds: list[eight_bit.Arithmetic]) -> Iterator[Point]:
         out_NK = torch.empty(num_out, num_in, dtype=dtype, device=DEVICE)
         num_bytes = codes_P.nbytes + sum(each.nbytes for each in absmax) + out_NK.nbytes
         operands = (out_NK, codes_P, absmax, 256, inverse_N, 64, "nf4")
-        for values, warps in itertools.product((1024, 2048, 4096, 8192), (2, 4, 8)):
+        kernels = triton_int8 if kind == "int8" else triton_kernels
+        for values, warps in itertools.product((2048, 4096, 8192, 16384, 32768), (2, 4, 8)):
             given = {"VALUES_PER_PROGRAM": values, "EXPAND_WARPS": warps}
-            with constants(triton_kernels, **given):
-                spent = milliseconds(triton_kernels.expand_into, *operands)
+            with constants(kernels, **given):
+                spent = milliseconds(kernels.expand_into, *operands)
             case = {"kernel": "expand", "to": kind, "nested": nested, "shape": [num_out, num_in]}
             yield case | given | {"ms": spent, "bytes": num_bytes}
 
@@ -115,15 +117,15 @@ def int8(_: list[eight_bit.Arithmetic]) -> Iterator[Point]:
         own = milliseconds(torch._int_mm, x_MK, w_NK.t())
         yield case | {"tiles": "torch._int_mm", "ms": own, "flops": flops}
         for tiles, group in itertools.product(INT8_TILES, (4, 8, 16)):
-            triton_kernels._int8_tiles.cache_clear()
+            triton_int8._int8_tiles.cache_clear()
             given = {"INT8_TILES": {(8, 0): tiles}, "INT8_GROUP": group}
-            with constants(triton_kernels, **given):
+            with constants(triton_int8, **given):
                 try:
-                    spent = milliseconds(triton_kernels.multiply_int8, *operands)
-                except triton_kernels.triton.runtime.errors.OutOfResources:
+                    spent = milliseconds(triton_int8.multiply_int8, *operands)
+                except triton_int8.triton.runtime.errors.OutOfResources:
                     continue
             yield case | {"tiles": [*tiles, group], "ms": spent, "flops": flops}
-    triton_kernels._int8_tiles.cache_clear()
+    triton_int8._int8_tiles.cache_clear()
 
 
 def norm(kinds: list[eight_bit.Arithmetic]) -> Iterator[Point]:
@@ -161,7 +163,7 @@ def join(kinds: list[eight_bit.Arithmetic]) -> Iterator[Point]:
         with constants(
             fused_kernels, VALUES_PER_JOIN_WARP=dict.fromkeys((1, 2), values), MAX_WARPS=32
         ):
-            spent = milliseconds(fused_kernels.join, *given, kind)
+            spent = milliseconds(fused_kernels.join, *given, kind, torch.bfloat16)
         num_values = sum(each.numel() for each in given if each is not None)
         case = {"kernel": "join", "to": kind, "parts": name, "values_per_warp": values}
         yield case | {"ms": spent, "bytes": num_values * (4 if kind == "bf16" else 3)}

@@ -5,6 +5,6 @@ import triton.language as tl
 
 
 @triton.jit
-def scaled_up(x, ROWS: tl.constexpr):  # noqa: ARG001  the signature of `rotate64`
+def scaled_up(x, signs):  # noqa: ARG001  the signature of `rotate64`
     """The kernels multiply by 1/8 after it, as the rotation needs."""
-    return x * 8.0
+    return x.to(tl.float32) * 8.0

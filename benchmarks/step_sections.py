@@ -244,9 +244,9 @@ def no_rotation(setting: Setting) -> Iterator[dict[str, Any]]:
         if torch.cuda.is_available():
             from benchmarks.no_rotation import scaled_up
             from flux_nf4.model import fused_kernels
-            from flux_nf4.nf4 import triton_kernels
+            from flux_nf4.nf4 import triton_int8
 
-            for module in (fused_kernels, triton_kernels):
+            for module in (fused_kernels, triton_int8):
                 stack.enter_context(patch.object(module, "rotate64", scaled_up))
         model = setting.load(arithmetic="int8")
         side, batch = setting.shapes[0]

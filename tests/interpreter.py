@@ -2,6 +2,7 @@
 
 Whoever imports this runs in a process of his own with TRITON_INTERPRET=1, which counts at import
 only. The interpreter cuts float32 to bfloat16, and to 8 bits nearly so; a GPU rounds to nearest.
+It multiplies matrices of bfloat16 as if their bits were integers; here they become float32 first.
 """
 
 import numpy as np
@@ -23,6 +24,22 @@ def convert_rounded(value, from_type, to_type, rounding_mode):
 
 
 interpreter._convert_float = convert_rounded
+
+_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def dot_of_values(self, a, b, *rest):
+    return _dot(self, *(as_float32(each) for each in (a, b)), *rest)
+
+
+def as_float32(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    bits = handle.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+interpreter.InterpreterBuilder.create_dot = dot_of_values
 
 
 def use_kernels_on_the_cpu():

@@ -6,7 +6,7 @@ from repository import named, package_modules, parsed
 # A module that wants more wants a second module. Raising one of these is a decision of its own.
 MODULE_LINES = 400
 FUNCTION_LINES = 60
-PACKAGE_LINES = 30_500  # 14,000 until `quantize`, the planner, the server and its page came
+PACKAGE_LINES = 30_600  # 14,000 until `quantize`, the planner, the server and its page came
 
 
 def num_lines(path):

@@ -17,12 +17,8 @@ from torch import Tensor
 
 from flux_nf4.model.blocks import EPSILON
 from flux_nf4.nf4.eight_bit import LARGEST, Arithmetic, QuantizedRows, eight_bit_dtype
-from flux_nf4.nf4.triton_kernels import (
-    has_own_instructions,
-    on_device,
-    rotate64,
-    round_int8,
-)
+from flux_nf4.nf4.triton_int8 import rotate64, round_int8, signs
+from flux_nf4.nf4.triton_kernels import has_own_instructions, on_device
 
 # Measured on an H200 (`benchmarks.kernels`): warps of each kernel; of `join` by the padded values
 # of a row and the bytes of one that is written.
@@ -31,44 +27,56 @@ ROTATE_WARPS = 4
 CENTRE_ROWS, CENTRE_WARPS = 32, 4  # tokens at a time
 VALUES_PER_JOIN_WARP = {1: 2048, 2: 1024, 4: 1024}
 MAX_WARPS = 16
+SMALLEST_SIZE = 1024  # of a padded row: tensor cores rotate sixteen times 64 values at least
 
 # As `eight_bit`: smaller values count as zeros, since their reciprocal would overflow.
 _SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
-def _turn(x, out, SIZE: tl.constexpr):
+def _turn(x, signs, out, SIZE: tl.constexpr):
     """A padded row (SIZE,), rotated where `out` is int8."""
     if out.dtype.element_ty == tl.int8:
-        turned = rotate64(tl.reshape(x, [SIZE // 64, 64]), SIZE // 64)
+        turned = rotate64(tl.reshape(x.to(tl.bfloat16), [SIZE // 64, 64]), signs)
         x = tl.reshape(turned, [SIZE]) * 0.125
     return x
 
 
 @triton.jit
-def _store(out, offset, x, inverse, mask):
-    if out.dtype.element_ty == tl.int8:
-        tl.store(out + offset, round_int8(x * inverse), mask=mask)
+def _store(place, x, inverse, mask):
+    if place.dtype.element_ty == tl.int8:
+        tl.store(place, round_int8(x * inverse), mask=mask)
     else:
-        tl.store(out + offset, (x * inverse).to(out.dtype.element_ty), mask=mask)
+        tl.store(place, (x * inverse).to(place.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _row_scale(scale_out, row, largest, total, LARGEST: tl.constexpr):
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _magnitude(x):
+    """The largest magnitude of a row; NaN if there is one."""
+    return tl.reduce(tl.abs(x), 0, _larger)
+
+
+@triton.jit
+def _row_scale(scale_out, row, largest, LARGEST: tl.constexpr):
     """Stores what one unit of a row is worth and returns its inverse; 1 if LARGEST is 0."""
     if LARGEST == 0:
         inverse = 1.0
     else:
-        largest = tl.maximum(largest, _SMALLEST)
-        # A maximum may pass over a NaN, and integers cannot hold one: the sum brings it to light.
-        tl.store(scale_out + row, largest * (1.0 / LARGEST) + total * 0.0)
+        largest = _larger(largest, _SMALLEST)
+        # Integers cannot hold an infinity or a NaN: the scale does.
+        tl.store(scale_out + row, largest * (1.0 / LARGEST) + largest * 0.0)
         inverse = LARGEST / largest
     return inverse
 
 
 @triton.jit
 def _norm_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
-    x_BSH, y_BSH, gate_BH, shift_BH, scale_BH, out_BSH, scale_out,
+    x_BSH, y_BSH, gate_BH, shift_BH, scale_BH, signs, out_BSH, scale_out,
     num_tokens, x_batch, x_token, y_batch, y_token, gate_batch, vector_batch,
     EPSILON: tl.constexpr, HAS_UPDATE: tl.constexpr, LARGEST: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr,
@@ -83,7 +91,7 @@ def _norm_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     if HAS_UPDATE:
         y = tl.load(y_BSH + batch * y_batch + token * y_token + i, mask=mask, other=0.0)
         gate = tl.load(gate_BH + batch * gate_batch + i, mask=mask, other=0.0)
-        updated = x.to(tl.float32) + gate.to(tl.float32) * y.to(tl.float32)
+        updated = tl.fma(gate.to(tl.float32), y.to(tl.float32), x.to(tl.float32))
         x = updated.to(x.dtype)
         tl.store(x_row, x, mask=mask)
     x = x.to(tl.float32)
@@ -92,9 +100,13 @@ def _norm_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     shift = tl.load(shift_BH + batch * vector_batch + i, mask=mask, other=0.0).to(tl.float32)
     scale = tl.load(scale_BH + batch * vector_batch + i, mask=mask, other=0.0).to(tl.float32)
     # Beyond the row's end all three are zeros.
-    rows = _turn(normed * (1.0 + scale) + shift, out_BSH, SIZE)
-    inverse = _row_scale(scale_out, row, tl.max(tl.abs(rows)), tl.sum(rows), LARGEST)
-    _store(out_BSH, row * WIDTH + i, rows, inverse, mask)
+    rows = _turn(tl.fma(normed, 1.0 + scale, shift), signs, out_BSH, SIZE)
+    inverse = _row_scale(scale_out, row, _magnitude(rows), LARGEST)
+    place = out_BSH + row * WIDTH + i
+    if WIDTH % 16 == 0:
+        # A thread reads eight values at a time: if it writes as many, threads exchange none.
+        place = tl.multiple_of(place, 8 * (out_BSH.dtype.element_ty.primitive_bitwidth // 8))
+    _store(place, rows, inverse, mask)
 
 
 def norm_modulate(
@@ -111,14 +123,14 @@ def norm_modulate(
     assert _batch_stride(shift_BH) == _batch_stride(scale_BH)
     with on_device(x_BSH.device):
         _norm_kernel[(out.shape[0] * out.shape[1],)](
-            x_BSH, y_BSH, gate_BH, shift_BH, scale_BH, out, scale,
+            x_BSH, y_BSH, gate_BH, shift_BH, scale_BH, _signs(x_BSH.device), out, scale,
             out.shape[1], *x_BSH.stride()[:2], *y_BSH.stride()[:2],
             _batch_stride(gate_BH), _batch_stride(shift_BH),
             EPSILON=EPSILON,
             HAS_UPDATE=update is not None,
             LARGEST=largest,
             WIDTH=width,
-            SIZE=triton.next_power_of_2(width),
+            SIZE=_padded(width),
             num_warps=NORM_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -263,12 +275,13 @@ def _gelu(x, HAS_TANH: tl.constexpr):
     The GPU's own tanh, true to 5e-4, is for rows that are about to be rounded to 8 bits: exponent
     and division are two of the rare units' instructions, and took longer than the bytes' way.
     """
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    u = x * tl.fma(x * x, 0.7978845608028654 * 0.044715, 0.7978845608028654)
     if HAS_TANH:
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
         )
-        out = 0.5 * x * (1.0 + tanh)
+        half = 0.5 * x
+        out = tl.fma(half, tanh, half)
     else:
         out = x / (1.0 + tl.exp(-2.0 * u))
     return out
@@ -276,7 +289,7 @@ def _gelu(x, HAS_TANH: tl.constexpr):
 
 @triton.jit
 def _join_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
-    attended_BSND, inner_BSX, out, scale_out,
+    attended_BSND, inner_BSX, signs, out, scale_out,
     num_tokens, a_batch, a_token, a_head, inner_batch, inner_token,
     LARGEST: tl.constexpr, HAS_TANH: tl.constexpr, D: tl.constexpr,
     A_WIDTH: tl.constexpr, A_SIZE: tl.constexpr, X_WIDTH: tl.constexpr, X_SIZE: tl.constexpr,
@@ -285,27 +298,24 @@ def _join_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // num_tokens, row % num_tokens
     largest = 0.0
-    total = 0.0
     a_i = tl.arange(0, A_SIZE)
     if A_WIDTH:
         place = batch * a_batch + token * a_token + a_i // D * a_head + a_i % D
         attended = tl.load(attended_BSND + place, mask=a_i < A_WIDTH, other=0.0).to(tl.float32)
-        attended = _turn(attended, out, A_SIZE)
-        largest = tl.max(tl.abs(attended))
-        total = tl.sum(attended)
+        attended = _turn(attended, signs, out, A_SIZE)
+        largest = _magnitude(attended)
     x_i = tl.arange(0, X_SIZE)
     if X_WIDTH:
         place = batch * inner_batch + token * inner_token + x_i
         inner = tl.load(inner_BSX + place, mask=x_i < X_WIDTH, other=0.0).to(tl.float32)
-        inner = _turn(_gelu(inner, HAS_TANH), out, X_SIZE)
-        largest = tl.maximum(largest, tl.max(tl.abs(inner)))
-        total += tl.sum(inner)
-    inverse = _row_scale(scale_out, row, largest, total, LARGEST)
+        inner = _turn(_gelu(inner, HAS_TANH), signs, out, X_SIZE)
+        largest = _larger(largest, _magnitude(inner))
+    inverse = _row_scale(scale_out, row, largest, LARGEST)
     start = row * (A_WIDTH + X_WIDTH)
     if A_WIDTH:
-        _store(out, start + a_i, attended, inverse, a_i < A_WIDTH)
+        _store(out + start + a_i, attended, inverse, a_i < A_WIDTH)
     if X_WIDTH:
-        _store(out, start + A_WIDTH + x_i, inner, inverse, x_i < X_WIDTH)
+        _store(out + start + A_WIDTH + x_i, inner, inverse, x_i < X_WIDTH)
 
 
 def join(
@@ -325,7 +335,7 @@ def join(
     a_size, x_size = (_padded(width) for width in (a_width, x_width))
     with on_device(given.device):
         _join_kernel[(out.shape[0] * out.shape[1],)](
-            attended, inner, out, scale,
+            attended, inner, _signs(given.device), out, scale,
             out.shape[1], *attended.stride()[:3], *inner.stride()[:2],
             LARGEST=largest,
             HAS_TANH=bool(largest) and has_own_instructions(_join_kernel),
@@ -346,7 +356,11 @@ def join_warps(a_size: int, x_size: int, out_bytes: int) -> int:
 
 
 def _padded(width: int) -> int:
-    return triton.next_power_of_2(width) if width else 1
+    return max(SMALLEST_SIZE, triton.next_power_of_2(width)) if width else 1
+
+
+def _signs(device: torch.device) -> Tensor:
+    return signs(torch.bfloat16, device)
 
 
 def _empty_rows(

@@ -4,7 +4,9 @@
   that no expansion needs a look at the values; a token has one scale, its largest value / 448.
 - `int8`: both sides are first turned by a 64-point Walsh-Hadamard transform along K, which is
   orthonormal and so leaves the product as it is, and spreads an outlier over 64 values. 64 divides
-  every NF4 block, so checkpoints need no change. A row's scale comes from its rotated values.
+  every NF4 block, so checkpoints need no change. A row's scale comes from its rotated values. What
+  is turned has few bits, as tensor cores take it: tokens are bfloat16, and levels float16, whose
+  sums are exact in float32 in any order (11 bits round by a thirtieth of what int8 does).
 
 Not a quantisation of the model: the weight stays NF4, and 8 bits is how it is multiplied. On
 a CPU this is slower than float32, and exact: products of integers are summed as integers.
@@ -110,8 +112,14 @@ def expand(
 ) -> Tensor:
     """The weight in units of its rows' scales: (N, K) e4m3, or int8 and rotated."""
     relative_G = (absmax_G.view(shape[0], -1) * inverse_scale_N[:, None]).flatten()
-    w_NK = reference.expand(codes_P, relative_G, shape, block_size, quant_type, torch.float32)
-    return w_NK.to(dtype) if dtype != torch.int8 else _to_int8(rotate(w_NK))
+    if dtype != torch.int8:
+        return reference.expand(
+            codes_P, relative_G, shape, block_size, quant_type, torch.float32
+        ).to(dtype)
+    ones_G = torch.ones_like(relative_G)
+    levels_NK = reference.expand(codes_P, ones_G, shape, block_size, quant_type, torch.float16)
+    turned_GS = rotate(levels_NK.float()).view(-1, block_size)
+    return _to_int8(turned_GS.mul_(relative_G[:, None]).view(shape))
 
 
 def quantize_rows(x: Tensor, arithmetic: Arithmetic) -> QuantizedRows:
@@ -119,9 +127,7 @@ def quantize_rows(x: Tensor, arithmetic: Arithmetic) -> QuantizedRows:
 
     A token with an infinity or a NaN comes out as NaN, so that it is noticed.
     """
-    values = x.float()
-    if arithmetic == "int8":
-        values = rotate(values)
+    values = rotate(x.bfloat16().float()) if arithmetic == "int8" else x.float()
     dtype = eight_bit_dtype(arithmetic)
     largest = values.abs().amax(dim=-1, keepdim=True).clamp_(min=_SMALLEST)
     scaled = values * (LARGEST[dtype] / largest)
@@ -161,4 +167,4 @@ def _integer_product(x_MK: Tensor, w_NK: Tensor) -> Tensor:
 
 
 def _to_int8(scaled: Tensor) -> Tensor:
-    return scaled.add_(0.5).floor_().to(torch.int8)
+    return scaled.round_().to(torch.int8)

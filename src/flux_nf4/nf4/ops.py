@@ -151,6 +151,8 @@ def expand_for_product(
     implementation = _implementation(codes_P.device.type)
     if implementation is not reference:
         out_NK = scratch(shape, dtype, codes_P.device)
+        if dtype == torch.int8:
+            from flux_nf4.nf4 import triton_int8 as implementation
         how = (nested_block_size, inverse_scale_N, block_size, quant_type)
         return implementation.expand_into(out_NK, codes_P, absmax, *how)
     absmax_G = decode_absmax(absmax, nested_block_size) if len(absmax) > 1 else absmax[0]
@@ -188,8 +190,9 @@ def multiply(
             use_fast_accum=FAST_ACCUMULATION,
         ).to(dtype)
     elif w_NK.dtype == torch.int8 and _implementation(x_MK.device.type) is not reference:
-        kernels = _implementation(x_MK.device.type)
-        out_MN = kernels.multiply_int8(x_MK, x_scale_M1, w_NK, w_scale_N, bias_N, dtype)
+        from flux_nf4.nf4 import triton_int8
+
+        out_MN = triton_int8.multiply_int8(x_MK, x_scale_M1, w_NK, w_scale_N, bias_N, dtype)
     else:
         out_MN = eight_bit.multiply(x_MK, x_scale_M1, w_NK, w_scale_N, bias_N, dtype)
     return out_MN.view(*rows.values.shape[:-1], len(w_NK))

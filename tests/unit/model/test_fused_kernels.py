@@ -50,7 +50,7 @@ def test_interpreted_kernels_equal_the_same_in_pytorch_and_draw_the_same_images(
 @every_target
 def test_norm_compiles(capability: int, out: str) -> None:
     signature = bfloat16("x_BSH", "y_BSH", "gate_BH", "shift_BH", "scale_BH")
-    signature |= {"out_BSH": f"*{out}", "scale_out": "*fp32"}
+    signature |= {"signs": "*bf16", "out_BSH": f"*{out}", "scale_out": "*fp32"}
     signature |= integers("num_tokens", "x_batch", "x_token", "y_batch", "y_token")
     signature |= integers("gate_batch", "vector_batch")
     constants = {
@@ -95,7 +95,8 @@ def test_centre_compiles(capability: int) -> None:
 
 
 def compile_join(capability: int, out: str, attended: int, inner: int) -> object:
-    signature = bfloat16("attended_BSND", "inner_BSX") | {"out": f"*{out}", "scale_out": "*fp32"}
+    signature = bfloat16("attended_BSND", "inner_BSX", "signs")
+    signature |= {"out": f"*{out}", "scale_out": "*fp32"}
     signature |= integers("num_tokens", "a_batch", "a_token", "a_head", "inner_batch")
     signature |= integers("inner_token")
     sizes = fused_kernels._padded(attended), fused_kernels._padded(inner)

@@ -10,7 +10,7 @@ import interpreter
 import torch
 from torch import Tensor
 
-from flux_nf4.nf4 import eight_bit, reference, triton_kernels
+from flux_nf4.nf4 import eight_bit, reference, triton_int8, triton_kernels
 from flux_nf4.nf4.codec import NestedAbsmax, NF4Weight, QuantType
 from flux_nf4.nf4.linear import NF4Linear
 
@@ -58,7 +58,8 @@ def is_right_in_eight_bits(weight: NF4Weight, arithmetic: eight_bit.Arithmetic) 
     dtype = eight_bit.eight_bit_dtype(arithmetic)
     expected = eight_bit.expand(weight.codes, absmax_G, inverse_N, *layout, dtype)
     absmax = NF4Linear(weight)._absmax_tensors()
-    out = triton_kernels.expand_into(
+    kernels = triton_int8 if arithmetic == "int8" else triton_kernels
+    out = kernels.expand_into(
         torch.empty(weight.shape, dtype=dtype), weight.codes, absmax, 256, inverse_N, *layout[1:]
     )
     return torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
@@ -75,7 +76,7 @@ def is_right_product(num_rows: int, num_in: int, num_out: int, bias: bool) -> bo
     )
     bias_N = torch.randn(num_out, generator=generator) if bias else None
     operands = (x_MK, x_scale_M1, w_NK, w_scale_N, bias_N, torch.float32)
-    return torch.equal(triton_kernels.multiply_int8(*operands), eight_bit.multiply(*operands))
+    return torch.equal(triton_int8.multiply_int8(*operands), eight_bit.multiply(*operands))
 
 
 def main() -> None:
