@@ -159,10 +159,9 @@ def join(kinds: list[eight_bit.Arithmetic]) -> Iterator[Point]:
     attended = random(1, TOKENS, HEADS, CHANNELS)
     inner = random(1, TOKENS, 3 * HIDDEN + INNER)[..., 3 * HIDDEN :]
     parts = {"both": (attended, inner), "gelu": (None, inner), "attention": (attended, None)}
-    for kind, (name, given), values in itertools.product(kinds, parts.items(), (512, 1024, 2048)):
-        with constants(
-            fused_kernels, VALUES_PER_JOIN_WARP=dict.fromkeys((1, 2), values), MAX_WARPS=32
-        ):
+    warps = (512, 1024, 2048, 4096)
+    for kind, (name, given), values in itertools.product(kinds, parts.items(), warps):
+        with constants(fused_kernels, VALUES_PER_JOIN_WARP={kind: values}, MAX_WARPS=32):
             spent = milliseconds(fused_kernels.join, *given, kind, torch.bfloat16)
         num_values = sum(each.numel() for each in given if each is not None)
         case = {"kernel": "join", "to": kind, "parts": name, "values_per_warp": values}

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOM_BYTES = 2 * 2**30
 # A process that streams everything takes as much beside weights (measured with an H200), and is to
 # take no more than its file and 1.5 GB: so the last weights of a large model stay in the file.
-_PROCESS_BYTES, _BESIDE_FILE_BYTES = 2_900_000_000, 1_500_000_000
+_PROCESS_BYTES, _BESIDE_FILE_BYTES = 3_000_000_000, 1_500_000_000
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -24,10 +24,10 @@ class HostMemory:
     def for_weights(self, num_bytes: int) -> int:
         """How many of a model's bytes may lie there; those without a place stay in the file.
 
-        All but 1.4 GB, or of a small model a tenth; and no more than is free, less room for all
+        All but 1.5 GB, or of a small model an eighth; and no more than is free, less room for all
         else.
         """
-        room = num_bytes - min(_PROCESS_BYTES - _BESIDE_FILE_BYTES, num_bytes // 10)
+        room = num_bytes - min(_PROCESS_BYTES - _BESIDE_FILE_BYTES, num_bytes // 8)
         return room if self.free is None else min(room, max(0, self.free - ROOM_BYTES))
 
     @property

@@ -21,11 +21,11 @@ from flux_nf4.nf4.triton_int8 import rotate64, round_int8, signs
 from flux_nf4.nf4.triton_kernels import has_own_instructions, on_device
 
 # Measured on an H200 (`benchmarks.kernels`): warps of each kernel; of `join` by the padded values
-# of a row and the bytes of one that is written.
+# of a row.
 NORM_WARPS = 4
 ROTATE_WARPS = 4
 CENTRE_ROWS, CENTRE_WARPS = 32, 4  # tokens at a time
-VALUES_PER_JOIN_WARP = {1: 2048, 2: 1024, 4: 1024}
+VALUES_PER_JOIN_WARP: dict[Arithmetic, int] = {"bf16": 1024, "fp8": 2048, "int8": 4096}
 MAX_WARPS = 16
 SMALLEST_SIZE = 1024  # of a padded row: tensor cores rotate sixteen times 64 values at least
 
@@ -344,15 +344,15 @@ def join(
             A_SIZE=a_size,
             X_WIDTH=x_width,
             X_SIZE=x_size,
-            num_warps=join_warps(a_size, x_size, out.itemsize),
+            num_warps=join_warps(a_size, x_size, arithmetic),
             enable_fp_fusion=False,
         )  # fmt: skip
     return _rows(out, scale, largest)
 
 
-def join_warps(a_size: int, x_size: int, out_bytes: int) -> int:
+def join_warps(a_size: int, x_size: int, arithmetic: Arithmetic) -> int:
     """Warps of `_join_kernel`, a power of two."""
-    return min(MAX_WARPS, max(4, max(a_size, x_size) // VALUES_PER_JOIN_WARP[out_bytes]))
+    return min(MAX_WARPS, max(4, max(a_size, x_size) // VALUES_PER_JOIN_WARP[arithmetic]))
 
 
 def _padded(width: int) -> int:

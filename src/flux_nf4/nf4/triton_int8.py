@@ -59,7 +59,7 @@ def round_int8(scaled):
 @triton.jit
 def _expand_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     codes_P, absmax_G, nested_absmax, nested_levels, nested_offset,
-    inverse_scale_N, pairs256, signs, out_NK, num_rotations, rotations_per_row,
+    inverse_scale_N, levels16, signs, out_NK, num_rotations, rotations_per_row,
     NESTED_BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """GROUP times 64 values: levels rotated, times absmax in units of the row's scale, rounded.
@@ -73,21 +73,17 @@ def _expand_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     absmax *= tl.load(inverse_scale_N + turn // rotations_per_row, mask=mask, other=0.0)
 
     place = turn[:, None] * 32 + tl.arange(0, 32)[None, :]
-    pair = tl.load(pairs256 + tl.load(codes_P + place, mask=mask[:, None], other=0).to(tl.int32))
-    bits = tl.interleave(pair.to(tl.int16), (pair >> 16).to(tl.int16))
-    turned = rotate64(bits.to(tl.float16, bitcast=True), signs)
-    value = round_int8(turned * (absmax * 0.125)[:, None])
+    byte = tl.load(codes_P + place, mask=mask[:, None], other=0).to(tl.int32)
+    level = tl.interleave(tl.load(levels16 + (byte >> 4)), tl.load(levels16 + (byte & 15)))
+    value = round_int8(rotate64(level, signs) * (absmax * 0.125)[:, None])
     place = turn[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(out_NK + place, value, mask=mask[:, None])
 
 
 @functools.cache
-def _pairs(quant_type: str, device: torch.device) -> Tensor:
-    """The two levels of every byte, the high nibble's first, as float16: (256,) int32."""
+def _levels(quant_type: str, device: torch.device) -> Tensor:
     with torch.inference_mode(mode=False):
-        byte = torch.arange(256, device="cpu")
-        halves = levels(quant_type).half()[torch.stack((byte >> 4, byte & 15), dim=1)]
-        return halves.view(torch.int32).flatten().to(device)
+        return levels(quant_type).half().to(device)
 
 
 @functools.cache
@@ -113,7 +109,7 @@ def expand_into(
     nested = absmax[1:] if len(absmax) > 1 else (absmax[0],) * 3
     with on_device(codes_P.device):
         _expand_kernel[(triton.cdiv(num_rotations, group),)](
-            codes_P, absmax[0], *nested, inverse_scale_N, _pairs(quant_type, codes_P.device),
+            codes_P, absmax[0], *nested, inverse_scale_N, _levels(quant_type, codes_P.device),
             signs(torch.float16, codes_P.device), out_NK, num_rotations,
             out_NK.shape[-1] // ROTATION,
             NESTED_BLOCK_SIZE=nested_block_size if len(absmax) > 1 else 0,

@@ -57,7 +57,7 @@ def test_without_a_limit_a_container_has_what_there_is(monkeypatch, tmp_path, li
 
 
 @pytest.mark.parametrize(
-    ("free", "for_weights"), [(5 * GIB, 5 * GIB - ROOM_BYTES), (GIB, 0), (None, 36 * 10**9 // 10)]
+    ("free", "for_weights"), [(5 * GIB, 5 * GIB - ROOM_BYTES), (GIB, 0), (None, 35 * 10**8)]
 )
 def test_room_is_left_for_everything_else(free, for_weights):
     assert HostMemory(free=free, total=8 * GIB).for_weights(4 * 10**9) == for_weights
@@ -65,7 +65,7 @@ def test_room_is_left_for_everything_else(free, for_weights):
 
 @pytest.mark.parametrize("file_bytes", [12 * 10**9, 33 * 10**9])
 def test_a_process_takes_no_more_than_its_file_and_a_gigabyte_and_a_half(file_bytes):
-    process_bytes = 27 * 10**8  # beside weights
+    process_bytes = 295 * 10**7  # beside weights: 2.91 and 2.945 were measured
     host = HostMemory(free=64 * GIB, total=64 * GIB)
     assert host.for_weights(file_bytes) + process_bytes <= file_bytes + 15 * 10**8
 

@@ -9,11 +9,13 @@ from tiny_pipeline import save_tiny_folder
 
 from flux_nf4.model import fused, fused_kernels
 from flux_nf4.model.blocks import EPSILON
+from flux_nf4.nf4.eight_bit import Arithmetic
 
 # FLUX.1's sizes: width, padded to a power of two, and the inner width of an MLP.
 HIDDEN, PADDED, INNER = 3072, 4096, 12288
 # What rows are in: Triton's name and the largest value of a unit.
 OUTPUTS = {"bf16": 0.0, "i8": 127.0, "fp8e4nv": 448.0}
+ARITHMETICS: dict[str, Arithmetic] = {"bf16": "bf16", "i8": "int8", "fp8e4nv": "fp8"}
 
 every_target = pytest.mark.parametrize(
     ("capability", "out"),
@@ -109,7 +111,7 @@ def compile_join(capability: int, out: str, attended: int, inner: int) -> object
         "X_WIDTH": inner,
         "X_SIZE": sizes[1],
     }
-    warps = fused_kernels.join_warps(*sizes, 1 if OUTPUTS[out] else 2)
+    warps = fused_kernels.join_warps(*sizes, ARITHMETICS[out])
     kernel = fused_kernels._join_kernel
     return compile_for(capability, kernel, signature, constants, num_warps=warps)
 

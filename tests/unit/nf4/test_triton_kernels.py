@@ -126,7 +126,7 @@ def test_int8_expansion_rotates_on_the_tensor_cores(capability: int, nested: boo
         "codes_P": "*u8",
         "absmax_G": "*u8" if nested else "*fp32",
         "inverse_scale_N": "*fp32",
-        "pairs256": "*i32",
+        "levels16": "*fp16",
         "signs": "*fp16",
         "out_NK": "*i8",
         "num_rotations": "i32",
