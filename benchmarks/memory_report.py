@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from math import log10
 from pathlib import Path
 
 from benchmarks.waterfall import Record, read
@@ -22,13 +23,13 @@ from flux_nf4.pipeline.chart import (
     PURPLE,
     Page,
     Panel,
-    ticks,
 )
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b45309")
 _WIDTH, _HEIGHT, _LEFT, _TOP = 860, 440, 70, 60
 _NAMES = 230  # what stands at the right of the lines
 _LINE, _CHARACTER = 15, 7.5  # of a name, in pixels
+_TICKS = (50, 100, 200, 500, 1000, 2000, 5000)  # milliseconds
 _HEAD = (
     "cap, GiB", "ms a step", "of uncapped", "of the least", "GB moved a step", "peak, GiB",
     "planned, GiB", "whole device, GiB", "to the first step, s", "new prompt, s",
@@ -79,7 +80,7 @@ def _name(record: Record) -> str:
 def chart(ways: Mapping[str, Sequence[Record]]) -> str:
     """Milliseconds a step over the cap; caps stand side by side, the smallest at the right.
 
-    Of images of 1024 x 1024 from main memory; what others take is grey.
+    Of images of 1024 x 1024 from main memory, logarithmic; what others take is grey.
     """
     found = {
         name: points
@@ -94,7 +95,9 @@ def chart(ways: Mapping[str, Sequence[Record]]) -> str:
     if not found:
         page.text(24, 36, "nothing was measured", colour=MUTED)
         return page.to_svg()
-    highest = 1.1 * max(ms for points in found.values() for ms in points.values())
+    every = [ms for points in found.values() for ms in points.values()]
+    lowest = max((tick for tick in _TICKS if tick <= min(every)), default=min(every))
+    range_ms = lowest, 1.1 * max(every)
     panel = Panel(
         page=page,
         left=_LEFT,
@@ -102,23 +105,26 @@ def chart(ways: Mapping[str, Sequence[Record]]) -> str:
         width=_WIDTH - _LEFT - _NAMES,
         height=_HEIGHT - _TOP - 60,
         x_range=(0, max(1, len(caps) - 1)),
-        y_range=(0, highest),
+        y_range=(log10(range_ms[0]), log10(range_ms[1])),
     )
     panel.title("ms a step, by what tensors may take (names: how weights are stored, arithmetic)")
-    for value in ticks(0, highest):
-        panel.line([(0, value), (max(1, len(caps) - 1), value)], GRID)
-        page.text(_LEFT - 8, panel.at(0, value)[1] + 4, f"{value:g}", anchor="end", colour=MUTED)
+    for ms in (tick for tick in _TICKS if range_ms[0] <= tick <= range_ms[1]):
+        panel.line([(0, log10(ms)), (max(1, len(caps) - 1), log10(ms))], GRID)
+        y = panel.at(0, log10(ms))[1] + 4
+        page.text(_LEFT - 8, y, f"{ms:,}", anchor="end", colour=MUTED)
     for number, cap in enumerate(caps):
         label = "no cap" if cap == "none" else f"{cap} GiB"
-        page.text(panel.at(number, 0)[0], _HEIGHT - 36, label, anchor="middle", colour=MUTED)
+        page.text(
+            panel.at(number, log10(lowest))[0], _HEIGHT - 36, label, anchor="middle", colour=MUTED
+        )
     colours, names, lines = iter(COLOURS * len(found)), [], []
     for name, points in found.items():
         colour = MUTED if name.startswith("Diffusers") else next(colours)
-        places = sorted((caps.index(cap), ms) for cap, ms in points.items())
+        places = sorted((caps.index(cap), log10(ms)) for cap, ms in points.items())
         panel.line(places, colour, width=2)
         lines.append([panel.at(x, y) for x, y in places])
         for x, y in places:
-            page.dot(*panel.at(x, y), colour, title=f"{name}: {y:.1f} ms")
+            page.dot(*panel.at(x, y), colour, title=f"{name}: {10**y:.1f} ms")
         x, y = panel.at(*places[-1])
         names.append((y + 4, x + 10, name, colour))
     placed: list[tuple[float, float, float]] = []  # left, right, baseline
