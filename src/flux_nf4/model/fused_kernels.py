@@ -27,7 +27,7 @@ ROTATE_WARPS = 4
 CENTRE_ROWS, CENTRE_WARPS = 32, 4  # tokens at a time
 VALUES_PER_JOIN_WARP: dict[Arithmetic, int] = {"bf16": 1024, "fp8": 2048, "int8": 4096}
 MAX_WARPS = 16
-SMALLEST_SIZE = 1024  # of a padded row: tensor cores rotate sixteen times 64 values at least
+ROTATED_SIZE = 1024  # of a padded row, at least: tensor cores rotate sixteen times 64 values
 
 # As `eight_bit`: smaller values count as zeros, since their reciprocal would overflow.
 _SMALLEST = tl.constexpr(1e-30)
@@ -130,7 +130,7 @@ def norm_modulate(
             HAS_UPDATE=update is not None,
             LARGEST=largest,
             WIDTH=width,
-            SIZE=_padded(width),
+            SIZE=_padded(width, arithmetic),
             num_warps=NORM_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -332,7 +332,7 @@ def join(
     a_width = 0 if attended_BSND is None else attended.shape[2] * attended.shape[3]
     x_width = 0 if inner_BSX is None else inner.shape[2]
     out, scale, largest = _empty_rows(given, a_width + x_width, arithmetic, dtype)
-    a_size, x_size = (_padded(width) for width in (a_width, x_width))
+    a_size, x_size = (_padded(width, arithmetic) for width in (a_width, x_width))
     with on_device(given.device):
         _join_kernel[(out.shape[0] * out.shape[1],)](
             attended, inner, _signs(given.device), out, scale,
@@ -355,8 +355,9 @@ def join_warps(a_size: int, x_size: int, arithmetic: Arithmetic) -> int:
     return min(MAX_WARPS, max(4, max(a_size, x_size) // VALUES_PER_JOIN_WARP[arithmetic]))
 
 
-def _padded(width: int) -> int:
-    return max(SMALLEST_SIZE, triton.next_power_of_2(width)) if width else 1
+def _padded(width: int, arithmetic: Arithmetic) -> int:
+    size = triton.next_power_of_2(width) if width else 1
+    return max(size, ROTATED_SIZE) if width and arithmetic == "int8" else size
 
 
 def _signs(device: torch.device) -> Tensor:

@@ -101,7 +101,8 @@ def compile_join(capability: int, out: str, attended: int, inner: int) -> object
     signature |= {"out": f"*{out}", "scale_out": "*fp32"}
     signature |= integers("num_tokens", "a_batch", "a_token", "a_head", "inner_batch")
     signature |= integers("inner_token")
-    sizes = fused_kernels._padded(attended), fused_kernels._padded(inner)
+    arithmetic = ARITHMETICS[out]
+    sizes = [fused_kernels._padded(width, arithmetic) for width in (attended, inner)]
     constants = {
         "LARGEST": OUTPUTS[out],
         "HAS_TANH": OUTPUTS[out] > 0,
@@ -111,7 +112,7 @@ def compile_join(capability: int, out: str, attended: int, inner: int) -> object
         "X_WIDTH": inner,
         "X_SIZE": sizes[1],
     }
-    warps = fused_kernels.join_warps(*sizes, ARITHMETICS[out])
+    warps = fused_kernels.join_warps(*sizes, arithmetic)
     kernel = fused_kernels._join_kernel
     return compile_for(capability, kernel, signature, constants, num_warps=warps)
 
