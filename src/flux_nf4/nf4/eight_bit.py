@@ -112,12 +112,11 @@ def expand(
 ) -> Tensor:
     """The weight in units of its rows' scales: (N, K) e4m3, or int8 and rotated."""
     relative_G = (absmax_G.view(shape[0], -1) * inverse_scale_N[:, None]).flatten()
+    layout = (shape, block_size, quant_type)
     if dtype != torch.int8:
-        return reference.expand(
-            codes_P, relative_G, shape, block_size, quant_type, torch.float32
-        ).to(dtype)
+        return reference.expand(codes_P, relative_G, *layout, torch.float32).to(dtype)
     ones_G = torch.ones_like(relative_G)
-    levels_NK = reference.expand(codes_P, ones_G, shape, block_size, quant_type, torch.float16)
+    levels_NK = reference.expand(codes_P, ones_G, *layout, torch.float16)
     turned_GS = rotate(levels_NK.float()).view(-1, block_size)
     return _to_int8(turned_GS.mul_(relative_G[:, None]).view(shape))
 
