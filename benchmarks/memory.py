@@ -131,7 +131,11 @@ def cases(parts: Collection[str], shared: dict[str, Any]) -> list[dict[str, Any]
                 if cap is not None
             ]
     if "more" in parts:
-        found += [ours | {"cap_gib": cap, "size": sizes[-1], "arithmetic": "bf16"} for cap in CAPS]
+        found += [
+            ours | {"cap_gib": cap, "size": sizes[-1], "arithmetic": how}
+            for how in ("bf16", "fp8")
+            for cap in CAPS
+        ]
         found += [ours | {"cap_gib": cap, "size": sizes[0], "ram": 0} for cap in (6.0, 2.0)]
     if "peers" in parts:
         found += [

@@ -4,10 +4,10 @@ Two operators, `flux_nf4::dequantize_4bit` and `flux_nf4::dequantize_4bit_nested
 PyTorch with schemas, and with fake kernels that check the arguments and compute only shapes. So
 `torch.compile` sees one opaque step: it neither breaks the graph nor looks inside.
 
-| tensors on | runs                                                                      |
-|------------|---------------------------------------------------------------------------|
+| tensors on | runs                                                                   |
+|------------|------------------------------------------------------------------------|
 | CUDA       | `triton_kernels`, for int8 `triton_int8`; without Triton the reference |
-| elsewhere  | `reference`, and `eight_bit` for products in 8 bits                       |
+| elsewhere  | `reference`, and `eight_bit` for products in 8 bits                    |
 
 `expand_for_product` and `multiply` are plain functions, for layers that run eagerly hundreds of
 times a step: PyTorch's dispatcher costs as much as launching a kernel. They leave out what `_check`
