@@ -27,13 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import memory_peers
+from benchmarks.memory_cases import DTYPES, PARTS, cases, is_known
 from flux_nf4.errors import FluxNF4Error
 from flux_nf4.formats.allinone import write_all_in_one
 from flux_nf4.formats.checkpoint import Checkpoint, open_checkpoint
@@ -53,12 +53,8 @@ from flux_nf4.pipeline.random_model import RandomEntries, random_checkpoint, wri
 from flux_nf4.pipeline.warm_up import warm_up
 
 GIB = 2**30
-PARTS = ("loads", "caps", "storages", "more", "peers")
 NO_TIME = "not run: no time was left"
-# GiB; no cap is not the first, as clocks fall while the device warms up.
-CAPS = (12.0, None, 8.0, 6.0, 4.0, 2.0, 1.5, 1.0)
 _STEPS_OF_AN_IMAGE = 28
-_DTYPES = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}  # of a storage that has a file
 _ALIGNMENT_BYTES = 2**20
 _BUS_BYTES = 2**28
 LINKS = {"PCIe 3.0 x16": 12.6e9, "PCIe 4.0 x8": 12.6e9, "PCIe 4.0 x16": 25.2e9}  # bytes a second
@@ -91,7 +87,7 @@ def main() -> None:
         measured = _measured_before(options.output)
         wanted = cases(options.part.split(","), shared)
         for case in wanted:
-            if _is_known(case, measured, wanted):
+            if is_known(case, measured, wanted):
                 continue
             left = end - time.monotonic()
             places = {"file": str(file), "folder": str(folder)}
@@ -102,81 +98,10 @@ def main() -> None:
             print(json.dumps(measured[-1]), flush=True)
 
 
-def cases(parts: Collection[str], shared: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every case of some parts, the most important first."""
-    found: list[dict[str, Any]] = []
-    sizes = ([1024, 1024], [896, 1152]) if shared["model"] == "flux1-dev" else ([256, 256],)
-    ours = {"case": "ours", "storage": "file"}
-    if "loads" in parts:  # twice: the first process of a machine compiles kernels
-        found += [
-            {"case": "load", "cap_gib": None, "arithmetic": how, "warm_up": warm, "number": number}
-            for number in (1, 2)
-            for how in ("fp8", "bf16")
-            for warm in (False, True)
-        ]
-    if "caps" in parts:
-        found.append({"case": "bus", "cap_gib": None})
-        found += [
-            ours | {"cap_gib": cap, "size": sizes[0], "arithmetic": how}
-            for how in ("bf16", "fp8")
-            for cap in CAPS
-        ]
-    if "storages" in parts:
-        for storage in ("nf4 v1", *_DTYPES):
-            if storage in _DTYPES:
-                found.append({"case": "write", "storage": storage, "cap_gib": None})
-            found += [
-                ours | {"storage": storage, "cap_gib": cap, "size": sizes[0]}
-                for cap in CAPS
-                if cap is not None
-            ]
-    if "more" in parts:
-        found += [
-            ours | {"cap_gib": cap, "size": sizes[-1], "arithmetic": how}
-            for how in ("bf16", "fp8")
-            for cap in CAPS
-        ]
-        found += [ours | {"cap_gib": cap, "size": sizes[0], "ram": 0} for cap in (6.0, 2.0)]
-    if "peers" in parts:
-        found += [
-            {"case": "prepare", "storage": storage, "cap_gib": None} for storage in ("bf16", "nf4")
-        ]
-        found += [
-            {"case": "peer", "storage": storage, "offload": offload, "cap_gib": cap}
-            for storage, offload, caps in memory_peers.WAYS
-            for cap in caps
-        ]
-    return [shared | case for case in found]
-
-
 def _measured_before(output: Path) -> list[dict[str, Any]]:
     if not output.exists():
         return []
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-
-
-def _is_known(
-    case: dict[str, Any], measured: list[dict[str, Any]], wanted: list[dict[str, Any]]
-) -> bool:
-    """Whether there is an answer; of a peer also one under less memory: none of them plans by it.
-
-    A file needs no writing where every case of its storage is known.
-    """
-    if case["case"] == "write":
-        of_it = [
-            each for each in wanted if each["case"] == "ours" and _is_same(each, case, "storage")
-        ]
-        return all(_is_known(each, measured, wanted) for each in of_it)
-    keys = (case.keys() | {"ram"}) - ({"cap_gib"} if case["case"] == "peer" else set())
-    return any(_is_answer(each) and _is_same(each, case, *keys) for each in measured)
-
-
-def _is_answer(measured: dict[str, Any]) -> bool:
-    return "error" not in measured or measured["error"].startswith("DoesNotFit")
-
-
-def _is_same(one: dict[str, Any], other: dict[str, Any], *keys: str) -> bool:
-    return all(one.get(key) == other.get(key) for key in keys)
 
 
 def _apart(case: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -253,7 +178,7 @@ def _write(case: dict[str, Any]) -> dict[str, Any]:
         outlines = {}
         for name in transformer.entries:
             shape = entry_shape(transformer, name)
-            dtype = _DTYPES[case["storage"]] if len(shape) == 2 else torch.bfloat16
+            dtype = DTYPES[case["storage"]] if len(shape) == 2 else torch.bfloat16
             outlines[name] = torch.empty(shape, dtype=dtype, device="meta")
         entries = {kind: part.entries for kind, part in checkpoint.components.items()}
         entries["transformer"] = RandomEntries(outlines, 0)
@@ -263,7 +188,7 @@ def _write(case: dict[str, Any]) -> dict[str, Any]:
 
 def _clear(case: dict[str, Any], but: Path | None = None) -> None:
     """Make room on the disk, which has none for all storages."""
-    for storage in _DTYPES:
+    for storage in DTYPES:
         file = _storage_file(case, storage)
         if file != but:
             file.unlink(missing_ok=True)

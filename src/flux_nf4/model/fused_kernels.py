@@ -123,7 +123,8 @@ def norm_modulate(
     assert _batch_stride(shift_BH) == _batch_stride(scale_BH)
     with on_device(x_BSH.device):
         _norm_kernel[(out.shape[0] * out.shape[1],)](
-            x_BSH, y_BSH, gate_BH, shift_BH, scale_BH, _signs(x_BSH.device), out, scale,
+            x_BSH, y_BSH, gate_BH, shift_BH, scale_BH, signs(torch.bfloat16, x_BSH.device),
+            out, scale,
             out.shape[1], *x_BSH.stride()[:2], *y_BSH.stride()[:2],
             _batch_stride(gate_BH), _batch_stride(shift_BH),
             EPSILON=EPSILON,
@@ -335,7 +336,7 @@ def join(
     a_size, x_size = (_padded(width, arithmetic) for width in (a_width, x_width))
     with on_device(given.device):
         _join_kernel[(out.shape[0] * out.shape[1],)](
-            attended, inner, _signs(given.device), out, scale,
+            attended, inner, signs(torch.bfloat16, given.device), out, scale,
             out.shape[1], *attended.stride()[:3], *inner.stride()[:2],
             LARGEST=largest,
             HAS_TANH=bool(largest) and has_own_instructions(_join_kernel),
@@ -356,12 +357,10 @@ def join_warps(a_size: int, x_size: int, arithmetic: Arithmetic) -> int:
 
 
 def _padded(width: int, arithmetic: Arithmetic) -> int:
-    size = triton.next_power_of_2(width) if width else 1
-    return max(size, ROTATED_SIZE) if width and arithmetic == "int8" else size
-
-
-def _signs(device: torch.device) -> Tensor:
-    return signs(torch.bfloat16, device)
+    if width == 0:
+        return 1
+    size = triton.next_power_of_2(width)
+    return max(size, ROTATED_SIZE) if arithmetic == "int8" else size
 
 
 def _empty_rows(

@@ -1,8 +1,8 @@
 """Int8 on a GPU: NF4 expanded to rotated int8, and the product, as Triton kernels.
 
 Both must equal `eight_bit` bit for bit. The rotation is a product with a matrix of signs, so it
-runs on the tensor cores: six rounds of sums, with exchanges between threads, took twice as long as
-the bytes' way through memory. Levels of 11 bits make the sums exact, whatever their order.
+runs on the tensor cores; six rounds of sums need twice the instructions, and exchanges between
+threads. Levels of 11 bits make the sums exact, whatever their order.
 
 Shape letters, in this module only:
     N  out features     P  bytes, N*K / 2       M  tokens
@@ -21,7 +21,8 @@ from flux_nf4.nf4.codec import levels
 from flux_nf4.nf4.eight_bit import ROTATION, rotate
 from flux_nf4.nf4.triton_kernels import load_absmax, on_device
 
-# Measured on an H200 (`benchmarks.kernels`): values per program and warps of the expansion.
+# Values per program and warps of the expansion: the best on an H200 (`benchmarks.kernels`) while
+# levels were looked up in pairs.
 VALUES_PER_PROGRAM = 8192
 EXPAND_WARPS = 4
 # Rows, columns, depth, warps, stages of the int8 product, by compute capability (the largest

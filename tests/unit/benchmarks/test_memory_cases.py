@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.memory import _is_known
+from benchmarks import memory_cases
 
 OURS = {"case": "ours", "storage": "file", "cap_gib": 6.0, "size": [1024, 1024]}
 PEER = {"case": "peer", "storage": "nf4", "offload": "none", "cap_gib": 8.0}
@@ -19,7 +19,7 @@ PEER = {"case": "peer", "storage": "nf4", "offload": "none", "cap_gib": 8.0}
     ],
 )
 def test_what_has_been_measured_is_known(before, is_known):
-    assert _is_known(OURS, [before], [OURS]) == is_known
+    assert memory_cases.is_known(OURS, [before], [OURS]) == is_known
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_what_has_been_measured_is_known(before, is_known):
     ],
 )
 def test_a_peer_that_ran_under_less_is_known(before, is_known):
-    assert _is_known(PEER, [PEER | before], [PEER]) == is_known
+    assert memory_cases.is_known(PEER, [PEER | before], [PEER]) == is_known
 
 
 def test_a_file_is_written_for_what_is_not_known_yet():
@@ -42,5 +42,5 @@ def test_a_file_is_written_for_what_is_not_known_yet():
         for cap in (8.0, 6.0)
     ]
     half, all_of_it = [wanted[1]], wanted[1:3]
-    assert not _is_known(writing, half, wanted)
-    assert _is_known(writing, all_of_it, wanted)
+    assert not memory_cases.is_known(writing, half, wanted)
+    assert memory_cases.is_known(writing, all_of_it, wanted)
