@@ -94,11 +94,10 @@ def expand(kinds: list[eight_bit.Arithmetic]) -> Iterator[Point]:
         out_NK = torch.empty(num_out, num_in, dtype=dtype, device=DEVICE)
         num_bytes = codes_P.nbytes + sum(each.nbytes for each in absmax) + out_NK.nbytes
         operands = (out_NK, codes_P, absmax, 256, inverse_N, 64, "nf4")
-        kernels = triton_int8 if kind == "int8" else triton_kernels
         for values, warps in itertools.product((2048, 4096, 8192, 16384, 32768), (2, 4, 8)):
-            given = {"VALUES_PER_PROGRAM": values, "EXPAND_WARPS": warps}
-            with constants(kernels, **given):
-                spent = milliseconds(kernels.expand_into, *operands)
+            given = {"INT8_PROGRAM" if kind == "int8" else "PROGRAM": (values, warps)}
+            with constants(triton_kernels, **given):
+                spent = milliseconds(triton_kernels.expand_into, *operands)
             case = {"kernel": "expand", "to": kind, "nested": nested, "shape": [num_out, num_in]}
             yield case | given | {"ms": spent, "bytes": num_bytes}
 

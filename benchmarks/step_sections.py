@@ -242,12 +242,12 @@ def no_rotation(setting: Setting) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(eight_bit, "rotate", torch.clone))
         if torch.cuda.is_available():
-            from benchmarks.no_rotation import scaled_up
+            from benchmarks.no_rotation import pairs_scaled_up, scaled_up
             from flux_nf4.model import fused_kernels
-            from flux_nf4.nf4 import triton_int8
+            from flux_nf4.nf4 import picking
 
-            for module in (fused_kernels, triton_int8):
-                stack.enter_context(patch.object(module, "rotate64", scaled_up))
+            stack.enter_context(patch.object(fused_kernels, "rotate64", scaled_up))
+            stack.enter_context(patch.object(picking, "rotation", pairs_scaled_up))
         model = setting.load(arithmetic="int8")
         side, batch = setting.shapes[0]
         stepper = Stepper(setting, model, side, batch)

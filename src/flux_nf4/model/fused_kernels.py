@@ -17,8 +17,8 @@ from torch import Tensor
 
 from flux_nf4.model.blocks import EPSILON
 from flux_nf4.nf4.eight_bit import LARGEST, Arithmetic, QuantizedRows, eight_bit_dtype
-from flux_nf4.nf4.triton_int8 import rotate64, round_int8, signs
-from flux_nf4.nf4.triton_kernels import has_own_instructions, on_device
+from flux_nf4.nf4.triton_int8 import rotate64, signs
+from flux_nf4.nf4.triton_kernels import has_own_instructions, on_device, round_int8
 
 # Measured on an H200 (`benchmarks.kernels`): warps of each kernel; of `join` by the padded values
 # of a row.
@@ -123,7 +123,7 @@ def norm_modulate(
     assert _batch_stride(shift_BH) == _batch_stride(scale_BH)
     with on_device(x_BSH.device):
         _norm_kernel[(out.shape[0] * out.shape[1],)](
-            x_BSH, y_BSH, gate_BH, shift_BH, scale_BH, signs(torch.bfloat16, x_BSH.device),
+            x_BSH, y_BSH, gate_BH, shift_BH, scale_BH, signs(x_BSH.device),
             out, scale,
             out.shape[1], *x_BSH.stride()[:2], *y_BSH.stride()[:2],
             _batch_stride(gate_BH), _batch_stride(shift_BH),
@@ -336,7 +336,7 @@ def join(
     a_size, x_size = (_padded(width, arithmetic) for width in (a_width, x_width))
     with on_device(given.device):
         _join_kernel[(out.shape[0] * out.shape[1],)](
-            attended, inner, signs(torch.bfloat16, given.device), out, scale,
+            attended, inner, signs(given.device), out, scale,
             out.shape[1], *attended.stride()[:3], *inner.stride()[:2],
             LARGEST=largest,
             HAS_TANH=bool(largest) and has_own_instructions(_join_kernel),

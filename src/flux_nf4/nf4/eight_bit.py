@@ -5,8 +5,8 @@
 - `int8`: both sides are first turned by a 64-point Walsh-Hadamard transform along K, which is
   orthonormal and so leaves the product as it is, and spreads an outlier over 64 values. 64 divides
   every NF4 block, so checkpoints need no change. A row's scale comes from its rotated values. What
-  is turned has few bits, as tensor cores take it: tokens are bfloat16, and levels float16, whose
-  sums are exact in float32 in any order (11 bits round by a thirtieth of what int8 does).
+  is turned has 16 bits, as that is quick: tokens are bfloat16, and turned by tensor cores; levels
+  are float16, and so are their sums, each rounded, and the absmax that multiplies them in the end.
 
 Not a quantisation of the model: the weight stays NF4, and 8 bits is how it is multiplied. On
 a CPU this is slower than float32, and exact: products of integers are summed as integers.
@@ -35,6 +35,8 @@ Arithmetic = Literal["bf16", "fp8", "int8"]
 ROTATION = 64
 # The largest magnitude of each type: a scale is the largest value divided by it.
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+# What absmax in float16 is held to: that of a block of zeros may be anything.
+LARGEST_HALF = 65504.0
 # Smaller ones than this count as zeros: their reciprocal would overflow.
 _SMALLEST = 1e-30
 # Rows rotated at a time: what they need beside the weight stays small.
@@ -55,10 +57,10 @@ class QuantizedRows:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """The Walsh-Hadamard transform of every 64 values, orthonormal: (..., K) float32 -> same.
+    """The Walsh-Hadamard transform of every 64 values, orthonormal: (..., K) -> same dtype.
 
-    Six rounds of sums and differences of neighbours; each moves the lowest bit of the position to
-    the top, so after six every bit is where it was. Its own inverse.
+    Six rounds of sums and differences of neighbours, each rounded; a round moves the lowest bit of
+    the position to the top, so after six every bit is where it was. Its own inverse.
     """
     y = x.reshape(-1, ROTATION)
     for _ in range(6):
@@ -87,16 +89,15 @@ def row_scale(
         parts = []
         for start in range(0, num_out, _CHUNK_ROWS):
             stop = min(start + _CHUNK_ROWS, num_out)
-            rows = reference.expand(
+            turned_NGS = _turned_levels(
                 codes_P[start * row_bytes : stop * row_bytes],
-                absmax_G[start * blocks : stop * blocks],
                 (stop - start, num_in),
                 block_size,
                 quant_type,
-                torch.float32,
             )
-            turned = rows.view(-1, ROTATION) @ rotate(torch.eye(ROTATION, device=rows.device))
-            parts.append(turned.view_as(rows).abs().amax(dim=1))
+            largest_NG = turned_NGS.abs().amax(dim=2).float()
+            absmax_NG = absmax_G[start * blocks : stop * blocks].view_as(largest_NG)
+            parts.append((largest_NG * absmax_NG.abs()).amax(dim=1))
         largest_N = torch.cat(parts)
     return largest_N.clamp_(min=_SMALLEST).div_(LARGEST[eight_bit_dtype(arithmetic)])
 
@@ -111,14 +112,22 @@ def expand(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight in units of its rows' scales: (N, K) e4m3, or int8 and rotated."""
-    relative_G = (absmax_G.view(shape[0], -1) * inverse_scale_N[:, None]).flatten()
+    relative_NG = absmax_G.view(shape[0], -1) * inverse_scale_N[:, None]
     layout = (shape, block_size, quant_type)
     if dtype != torch.int8:
-        return reference.expand(codes_P, relative_G, *layout, torch.float32).to(dtype)
-    ones_G = torch.ones_like(relative_G)
-    levels_NK = reference.expand(codes_P, ones_G, *layout, torch.float16)
-    turned_GS = rotate(levels_NK.float()).view(-1, block_size)
-    return _to_int8(turned_GS.mul_(relative_G[:, None]).view(shape))
+        return reference.expand(codes_P, relative_NG.flatten(), *layout, torch.float32).to(dtype)
+    turned_NGS = _turned_levels(codes_P, *layout).float()
+    absmax_NG = relative_NG.clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
+    return _to_int8(turned_NGS.mul_(absmax_NG[:, :, None]).view(shape))
+
+
+def _turned_levels(
+    codes_P: Tensor, shape: Sequence[int], block_size: int, quant_type: str
+) -> Tensor:
+    """What absmax multiplies: (N, G / N, S) float16."""
+    ones_G = torch.ones(2 * len(codes_P) // block_size, device=codes_P.device)
+    levels_NK = reference.expand(codes_P, ones_G, shape, block_size, quant_type, torch.float16)
+    return rotate(levels_NK).view(shape[0], -1, block_size)
 
 
 def quantize_rows(x: Tensor, arithmetic: Arithmetic) -> QuantizedRows:

@@ -6,7 +6,7 @@ PyTorch with schemas, and with fake kernels that check the arguments and compute
 
 | tensors on | runs                                                                   |
 |------------|------------------------------------------------------------------------|
-| CUDA       | `triton_kernels`, for int8 `triton_int8`; without Triton the reference |
+| CUDA       | `triton_kernels`, `triton_int8`; without Triton the reference           |
 | elsewhere  | `reference`, and `eight_bit` for products in 8 bits                    |
 
 `expand_for_product` and `multiply` are plain functions, for layers that run eagerly hundreds of
@@ -151,8 +151,6 @@ def expand_for_product(
     implementation = _implementation(codes_P.device.type)
     if implementation is not reference:
         out_NK = scratch(shape, dtype, codes_P.device)
-        if dtype == torch.int8:
-            from flux_nf4.nf4 import triton_int8 as implementation
         how = (nested_block_size, inverse_scale_N, block_size, quant_type)
         return implementation.expand_into(out_NK, codes_P, absmax, *how)
     absmax_G = decode_absmax(absmax, nested_block_size) if len(absmax) > 1 else absmax[0]

@@ -1,30 +1,23 @@
-"""Int8 on a GPU: NF4 expanded to rotated int8, and the product, as Triton kernels.
+"""Int8 on a GPU: what turns tokens, and the product of two int8 matrices, as Triton kernels.
 
-Both must equal `eight_bit` bit for bit. The rotation is a product with a matrix of signs, so it
-runs on the tensor cores; six rounds of sums need twice the instructions, and exchanges between
-threads. Levels of 11 bits make the sums exact, whatever their order.
+Both must equal `eight_bit` bit for bit. Tokens are turned by a product with a matrix of signs, on
+the tensor cores; six rounds of sums need twice the instructions, and exchanges between threads.
+`triton_kernels` expands NF4 to int8.
 
 Shape letters, in this module only:
-    N  out features     P  bytes, N*K / 2       M  tokens
-    K  in features      G  blocks, N*K / block_size
+    N  out features     K  in features      M  tokens
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flux_nf4.nf4.codec import levels
 from flux_nf4.nf4.eight_bit import ROTATION, rotate
-from flux_nf4.nf4.triton_kernels import load_absmax, on_device
+from flux_nf4.nf4.triton_kernels import on_device
 
-# Values per program and warps of the expansion: the best on an H200 (`benchmarks.kernels`) while
-# levels were looked up in pairs.
-VALUES_PER_PROGRAM = 8192
-EXPAND_WARPS = 4
 # Rows, columns, depth, warps, stages of the int8 product, by compute capability (the largest
 # entry that is not above the device's). Shared memory bounds them: 227 KiB on Hopper, 99 KiB on
 # consumer cards, of which `stages` tiles of (rows + columns) * depth bytes must fit.
@@ -39,7 +32,7 @@ INT8_GROUP = 16
 
 @triton.jit
 def rotate64(x, signs):
-    """`eight_bit.rotate` of (rows, 64) 16-bit values to float32, without its factor of 1/8.
+    """`eight_bit.rotate` of (rows, 64) bfloat16 to float32, without its factor of 1/8.
 
     A product with the matrix of signs, by tensor cores: at least 16 rows.
     """
@@ -47,79 +40,12 @@ def rotate64(x, signs):
     return tl.dot(x, tl.load(signs + i[:, None] * 64 + i[None, :]))
 
 
-@triton.jit
-def round_int8(scaled):
-    """The nearest integer, of halves the even one, of values within -127 and 127.
-
-    From 2^23 to 2^24 float32 has the integers, and 1.5 * 2^23 ends in a zero byte: so the sum's
-    last byte is the integer. A conversion would run at an eighth of a sum's speed.
-    """
-    return (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def _expand_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
-    codes_P, absmax_G, nested_absmax, nested_levels, nested_offset,
-    inverse_scale_N, levels16, signs, out_NK, num_rotations, rotations_per_row,
-    NESTED_BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """GROUP times 64 values: levels rotated, times absmax in units of the row's scale, rounded.
-
-    absmax_G is float32, or uint8 where NESTED_BLOCK_SIZE is not 0.
-    """
-    turn = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
-    mask = turn < num_rotations
-    nested = (nested_absmax, nested_levels, nested_offset)
-    absmax = load_absmax(absmax_G, nested, turn * 64 // BLOCK_SIZE, mask, NESTED_BLOCK_SIZE)
-    absmax *= tl.load(inverse_scale_N + turn // rotations_per_row, mask=mask, other=0.0)
-
-    place = turn[:, None] * 32 + tl.arange(0, 32)[None, :]
-    byte = tl.load(codes_P + place, mask=mask[:, None], other=0).to(tl.int32)
-    level = tl.interleave(tl.load(levels16 + (byte >> 4)), tl.load(levels16 + (byte & 15)))
-    value = round_int8(rotate64(level, signs) * (absmax * 0.125)[:, None])
-    place = turn[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out_NK + place, value, mask=mask[:, None])
-
-
 @functools.cache
-def _levels(quant_type: str, device: torch.device) -> Tensor:
-    with torch.inference_mode(mode=False):
-        return levels(quant_type).half().to(device)
-
-
-@functools.cache
-def signs(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The rotation's matrix in units of 1/8, which is symmetric: (64, 64) `dtype`."""
+def signs(device: torch.device) -> Tensor:
+    """The rotation's matrix in units of 1/8, which is symmetric: (64, 64) bfloat16."""
     with torch.inference_mode(mode=False):
         turned = rotate(torch.eye(ROTATION, device="cpu")) * ROTATION**0.5
-        return turned.round().to(dtype).to(device)
-
-
-def expand_into(
-    out_NK: Tensor,
-    codes_P: Tensor,
-    absmax: Sequence[Tensor],
-    nested_block_size: int,
-    inverse_scale_N: Tensor,
-    block_size: int,
-    quant_type: str,
-) -> Tensor:
-    """`eight_bit.expand` to int8; arguments as `triton_kernels.expand_into` has them."""
-    group, num_rotations = VALUES_PER_PROGRAM // ROTATION, out_NK.numel() // ROTATION
-    # Unused pointers must point at something.
-    nested = absmax[1:] if len(absmax) > 1 else (absmax[0],) * 3
-    with on_device(codes_P.device):
-        _expand_kernel[(triton.cdiv(num_rotations, group),)](
-            codes_P, absmax[0], *nested, inverse_scale_N, _levels(quant_type, codes_P.device),
-            signs(torch.float16, codes_P.device), out_NK, num_rotations,
-            out_NK.shape[-1] // ROTATION,
-            NESTED_BLOCK_SIZE=nested_block_size if len(absmax) > 1 else 0,
-            GROUP=group,
-            BLOCK_SIZE=block_size,
-            num_warps=EXPAND_WARPS,
-            enable_fp_fusion=False,
-        )  # fmt: skip
-    return out_NK
+        return turned.round().bfloat16().to(device)
 
 
 @triton.jit

@@ -1,10 +1,9 @@
-"""NF4 on a GPU: one Triton kernel that expands a weight to any floating-point type.
+"""NF4 on a GPU: one Triton kernel that expands a weight to any floating-point type, or to int8.
 
 Expansion must equal `reference.expand` and `eight_bit.expand` bit for bit: the exact float32
 table, one rounding to the output type. Bound by memory: half a byte in and one or two bytes out
 for each value, so the only aims are whole cache lines and no second pass for nested statistics.
-This module imports Triton, hence only `ops` imports it, and only where a GPU is at hand; int8 is
-in `triton_int8`.
+This module imports Triton, hence only `ops` imports it, and only where a GPU is at hand.
 
 A program expands `GROUP` blocks. Interleaving the two nibbles of a byte keeps values in the
 registers of the thread that loaded the byte, so stores are as wide as loads allow.
@@ -25,13 +24,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from flux_nf4.nf4 import eight_bit
 from flux_nf4.nf4.codec import levels
 from flux_nf4.nf4.picking import Picked, instructions
 
-# Measured on an H200 (`benchmarks.kernels`): values per program and warps of the expansion.
-VALUES_PER_PROGRAM = 4096
-EXPAND_WARPS = 2
-_PICKED: dict[torch.dtype, Picked] = {torch.float8_e4m3fn: "e4m3", torch.bfloat16: "bf16"}
+# Measured on an H200 (`benchmarks.kernels`): values per program of the expansion, and its warps.
+PROGRAM = (4096, 2)
+INT8_PROGRAM = (8192, 2)
+LARGEST_HALF = tl.constexpr(eight_bit.LARGEST_HALF)
+_PICKED: dict[torch.dtype, Picked] = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.bfloat16: "bf16",
+    torch.int8: "int8",
+}
 
 
 @triton.jit
@@ -63,7 +68,11 @@ def _expand_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
     nested = (nested_absmax, nested_levels, nested_offset)
     absmax = load_absmax(absmax_G, nested, block, mask, NESTED_BLOCK_SIZE)
     if IS_SCALED:
-        absmax *= tl.load(inverse_scale_N + block // blocks_per_row, mask=mask, other=0.0)
+        # 32 bits: a weight has fewer than 2**31 blocks, and 64 would take a branch.
+        row = block.to(tl.uint32) // tl.cast(blocks_per_row, tl.uint32)
+        absmax *= tl.load(inverse_scale_N + row, mask=mask, other=0.0)
+    if out_NK.dtype.element_ty == tl.int8:
+        absmax = tl.clamp(absmax, -LARGEST_HALF, LARGEST_HALF)
 
     if PICKING != "":
         _store_picked(codes_P, absmax, out_NK, block, mask, PICKING, GROUP)
@@ -75,20 +84,45 @@ def _expand_kernel(  # noqa: PLR0913  a kernel takes its pointers one by one
 
 @triton.jit
 def _store_looked_up(codes_P, absmax, levels16, out_NK, block, mask, BLOCK_SIZE: tl.constexpr):
-    """Each code's level, times its block's absmax."""
+    """Each code's level, for int8 rotated, times its block's absmax."""
     half: tl.constexpr = BLOCK_SIZE // 2
     byte = tl.load(codes_P + block * half + tl.arange(0, half)[None, :], mask=mask, other=0)
     byte = byte.to(tl.int32)
-    high = tl.load(levels16 + (byte >> 4)) * absmax[:, None]
-    low = tl.load(levels16 + (byte & 15)) * absmax[:, None]
-    value = tl.interleave(high, low)
+    high, low = tl.load(levels16 + (byte >> 4)), tl.load(levels16 + (byte & 15))
+    if out_NK.dtype.element_ty == tl.int8:
+        turned = _turned_halves(tl.interleave(high, low).to(tl.float16))
+        value = round_int8(turned * absmax.to(tl.float16).to(tl.float32)[:, None])
+    else:
+        value = tl.interleave(high * absmax[:, None], low * absmax[:, None])
     place = out_NK + block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     tl.store(place, value.to(out_NK.dtype.element_ty), mask=mask)
 
 
 @triton.jit
+def _turned_halves(x):
+    """`eight_bit.rotate` of (blocks, values) float16, every sum rounded; its results as float32."""
+    blocks: tl.constexpr = x.shape[0]
+    size: tl.constexpr = x.shape[1]
+    rows: tl.constexpr = blocks * size // 64
+    for _ in tl.static_range(6):
+        even, odd = tl.split(tl.reshape(x, [rows, 32, 2]))
+        x = tl.permute(tl.join(even + odd, even - odd), [0, 2, 1])
+    return tl.reshape(x, [blocks, size]).to(tl.float32) * 0.125
+
+
+@triton.jit
+def round_int8(scaled):
+    """The nearest integer, of halves the even one, of values within -127 and 127.
+
+    From 2^23 to 2^24 float32 has the integers, and 1.5 * 2^23 ends in a zero byte: so the sum's
+    last byte is the integer. A conversion would run at an eighth of a sum's speed.
+    """
+    return (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
 def _store_picked(codes_P, absmax, out_NK, block, mask, PICKING: tl.constexpr, GROUP: tl.constexpr):
-    """A block by each thread: 32 bytes of codes in, 64 of e4m3 or 128 of bfloat16 out."""
+    """A block by each thread: 32 bytes of codes in, 64 of 8-bit values or 128 of bfloat16 out."""
     place = block[:, None] * 4 + tl.arange(0, 4)[None, :]
     words = tl.load(codes_P.to(tl.pointer_type(tl.int64)) + place, mask=mask[:, None], other=0)
     even, odd = tl.split(tl.reshape(words, [GROUP, 2, 2]))
@@ -171,7 +205,8 @@ def expand_into(
     codes (P,); absmax = [(G,)], or nested = [codes (G,), absmax (ceil(G / 256),), levels (256,),
     offset ()] with its block size; all contiguous. `inverse_scale_N` is 1 / scale of each row.
     """
-    group = VALUES_PER_PROGRAM // block_size
+    values, num_warps = INT8_PROGRAM if out_NK.dtype == torch.int8 else PROGRAM
+    group = values // block_size
     num_blocks = absmax[0].numel()
     # Unused pointers must point at something.
     nested = absmax[1:] if len(absmax) > 1 else (absmax[0],) * 3
@@ -191,7 +226,7 @@ def expand_into(
             PICKING=_picking(codes_P, out_NK, block_size, quant_type),
             GROUP=group,
             BLOCK_SIZE=block_size,
-            num_warps=EXPAND_WARPS,
+            num_warps=num_warps,
             enable_fp_fusion=False,
         )
     return out_NK

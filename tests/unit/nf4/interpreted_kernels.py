@@ -58,8 +58,7 @@ def is_right_in_eight_bits(weight: NF4Weight, arithmetic: eight_bit.Arithmetic) 
     dtype = eight_bit.eight_bit_dtype(arithmetic)
     expected = eight_bit.expand(weight.codes, absmax_G, inverse_N, *layout, dtype)
     absmax = NF4Linear(weight)._absmax_tensors()
-    kernels = triton_int8 if arithmetic == "int8" else triton_kernels
-    out = kernels.expand_into(
+    out = triton_kernels.expand_into(
         torch.empty(weight.shape, dtype=dtype), weight.codes, absmax, 256, inverse_N, *layout[1:]
     )
     return torch.equal(out.view(torch.uint8), expected.view(torch.uint8))

@@ -109,6 +109,17 @@ def test_a_weight_of_zeros_multiplies_to_the_bias(arithmetic):
 
 
 @both
+def test_a_block_of_zeros_may_have_any_absmax(arithmetic):
+    w_NK = random(16, 256)
+    w_NK[:, 64:128] = 0
+    layer = NF4Linear(reference.quantize(w_NK))
+    exact = layer(x := random(3, 256))
+    layer.absmax.view(16, 4)[:, 1] = 1e30 if arithmetic == "int8" else 1e-30
+    layer.set_arithmetic(arithmetic)
+    assert relative_error(layer(x), exact) < EIGHT_BIT_PRODUCT[arithmetic]
+
+
+@both
 def test_nan_comes_through(arithmetic):
     layer, x = random_layer(), random(3, 256)
     x[1, 7] = torch.nan

@@ -11,7 +11,7 @@ from flux_nf4.nf4 import triton_int8, triton_kernels
 from flux_nf4.nf4.picking import instructions
 
 STATISTICS = dict.fromkeys(("nested_absmax", "nested_levels", "nested_offset"), "*fp32")
-PICKED = {"fp8e4nv": "e4m3", "bf16": "bf16"}
+PICKED = {"fp8e4nv": "e4m3", "bf16": "bf16", "i8": "int8"}
 
 
 def expansion_ptx(
@@ -27,14 +27,15 @@ def expansion_ptx(
         "num_blocks": "i32",
         "blocks_per_row": "i32",
     }
+    values, num_warps = triton_kernels.INT8_PROGRAM if out == "i8" else triton_kernels.PROGRAM
     constants = {
         "NESTED_BLOCK_SIZE": 256 if nested else 0,
-        "IS_SCALED": out == "fp8e4nv",
+        "IS_SCALED": out in ("fp8e4nv", "i8"),
         "PICKING": instructions("nf4", PICKED[out]) if out in PICKED and is_picked else "",
-        "GROUP": triton_kernels.VALUES_PER_PROGRAM // 64,
+        "GROUP": values // 64,
         "BLOCK_SIZE": 64,
     }
-    kernel, num_warps = triton_kernels._expand_kernel, triton_kernels.EXPAND_WARPS
+    kernel = triton_kernels._expand_kernel
     compiled = compile_for(capability, kernel, signature, constants, num_warps=num_warps)
     return str(compiled.asm["ptx"])
 
@@ -50,7 +51,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("out", ["bf16", "fp32", "fp8e4nv"])
+@pytest.mark.parametrize("out", ["bf16", "fp32", "fp8e4nv", "i8"])
 @pytest.mark.parametrize("is_picked", [False, True])
 def test_expansion_compiles_for_every_generation(
     capability: int, out: str, is_picked: bool
@@ -99,8 +100,9 @@ def test_nested_absmax_rounds_the_product_before_the_sum() -> None:
     assert not re.search(r"\bfma\.", expansion_ptx(90, "bf16", nested=True))
 
 
-def test_kernels_keep_subnormals() -> None:
-    assert ".ftz" not in expansion_ptx(90, "fp32")
+@pytest.mark.parametrize("out", ["fp32", "i8"])
+def test_kernels_keep_subnormals(out: str) -> None:
+    assert ".ftz" not in expansion_ptx(90, out)
 
 
 @pytest.mark.parametrize("is_picked", [False, True])
@@ -110,34 +112,10 @@ def test_kernel_rounds_to_nearest(is_picked: bool) -> None:
     assert "cvt.rn.satfinite.e4m3x2.f32" in in_e4m3
 
 
-@pytest.mark.parametrize("out", ["bf16", "fp8e4nv"])
+@pytest.mark.parametrize("out", ["bf16", "fp8e4nv", "i8"])
 def test_kernel_stores_sixteen_bytes_at_a_time(out: str) -> None:
     assert store_widths(expansion_ptx(90, out)) <= {"v4.b32", "v2.b64"}
 
 
 def store_widths(ptx: str) -> set[str]:
     return set(re.findall(r"st\.global\.(\S+)", ptx))
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("nested", [False, True])
-def test_int8_expansion_rotates_on_the_tensor_cores(capability: int, nested: bool) -> None:
-    signature = STATISTICS | {
-        "codes_P": "*u8",
-        "absmax_G": "*u8" if nested else "*fp32",
-        "inverse_scale_N": "*fp32",
-        "levels16": "*fp16",
-        "signs": "*fp16",
-        "out_NK": "*i8",
-        "num_rotations": "i32",
-        "rotations_per_row": "i32",
-    }
-    constants = {
-        "NESTED_BLOCK_SIZE": 256 if nested else 0,
-        "GROUP": triton_int8.VALUES_PER_PROGRAM // 64,
-        "BLOCK_SIZE": 64,
-    }
-    kernel, num_warps = triton_int8._expand_kernel, triton_int8.EXPAND_WARPS
-    ptx = compile_for(capability, kernel, signature, constants, num_warps=num_warps).asm["ptx"]
-    assert ("wgmma" if capability == 90 else "mma.sync") in ptx
-    assert store_widths(ptx) <= {"v4.b32", "v2.b64"}
