@@ -30,7 +30,7 @@ from flux_nf4.nf4.picking import Picked, instructions
 
 # Measured on an H200 (`benchmarks.kernels`): values per program of the expansion, and its warps.
 PROGRAM = (4096, 2)
-INT8_PROGRAM = (8192, 2)
+INT8_PROGRAM = (16384, 2)
 LARGEST_HALF = tl.constexpr(eight_bit.LARGEST_HALF)
 _PICKED: dict[torch.dtype, Picked] = {
     torch.float8_e4m3fn: "e4m3",
