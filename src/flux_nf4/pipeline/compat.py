@@ -149,7 +149,7 @@ class FluxPipeline:
         output. A `generator` gives the noise that Diffusers would draw from it; `latents` is
         noise of your own, packed (N, tokens, 64). Sizes are in pixels, by default the model's own.
         With an `image` all of them start from it, by default at its size; `strength` and
-        `mask_image` are as in `GenerationRequest`.
+        `mask_image` are as in `GenerationRequest`. Images as `pt` or `latent` stay on the device.
         `callback_on_step_end(pipeline, step, timestep, {"latents": ...})` may return other latents.
 
         Raises:
@@ -182,7 +182,7 @@ class FluxPipeline:
         requests = _requests(template, prompts, negatives, first_seed)
 
         on_step = self._step_hook(callback_on_step_end)
-        done: list[Tensor] = []
+        done: list[Images] = []
         noises = [None] * len(requests) if noise is None else noise.split(num_images_per_prompt)
         for request, rows in zip(requests, noises, strict=True):
             drawing = generate_latents(
@@ -195,14 +195,18 @@ class FluxPipeline:
                     if isinstance(event, LatentsDone)
                 ]
         seeds = [None if noise is not None else first_seed + i for i in range(num_images)]
-        return FluxPipelineOutput(images=_collect(done, output_type), seeds=tuple(seeds))
+        return FluxPipelineOutput(images=_collect(done), seeds=tuple(seeds))
 
-    def _finish(self, event: LatentsDone, request: GenerationRequest, output_type: str) -> Tensor:
+    def _finish(self, event: LatentsDone, request: GenerationRequest, output_type: str) -> Images:
+        """A batch in its last form: pictures and arrays leave the device."""
         if output_type == "latent":
             return event.tokens.clone()
         while True:
             with until_memory_runs_out():
-                return _decode(self.model, request, event)
+                images = _decode(self.model, request, event)
+                if output_type == "np":
+                    return images.permute(0, 2, 3, 1).cpu().numpy()
+                return to_pictures(images) if output_type == "pil" else images
             self.model.memory.shrink()
 
     def _size(self, image: object, width: int | None, height: int | None) -> tuple[int, int]:
@@ -320,10 +324,8 @@ def _check_latents(latents: object, num_images: int) -> None:
         raise InputError(f"`latents` holds {len(latents)} rows for {num_images} images")
 
 
-def _collect(done: list[Tensor], output_type: str) -> Images:
-    joined = torch.cat(done)
-    if output_type == "pil":
-        return to_pictures(joined)
-    if output_type == "np":
-        return joined.permute(0, 2, 3, 1).cpu().numpy()
-    return joined
+def _collect(done: list[Images]) -> Images:
+    if isinstance(done[0], list):
+        return [picture for pictures in done for picture in pictures]
+    tensors = [torch.as_tensor(each) for each in done]
+    return torch.cat(tensors) if isinstance(done[0], torch.Tensor) else torch.cat(tensors).numpy()

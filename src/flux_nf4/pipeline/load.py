@@ -150,7 +150,7 @@ def assemble_model(
     notes = [*checkpoint.notes, *([] if note is None else [note])]
     manager = managed_device(device, settings.vram) if is_managed else None
     if is_managed and manager is None and (settings.vram or settings.ram) is not None:
-        notes.append("limits of memory are not used: the device is the CPU")
+        notes.append(f"limits of memory are not used: the device is `{device}`")
     place = device if manager is None else torch.device("meta")
     model = Model(
         path=checkpoint.path,

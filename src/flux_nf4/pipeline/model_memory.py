@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     Parts = Mapping[ComponentKind, tuple[nn.Module, Component]]
 
-MAX_TEXTS = 32  # prompts whose embeddings are remembered, of 4 MB each for FLUX.1-dev
+MAX_TEXTS = 32  # prompts whose embeddings are remembered, of 4 MB a text for FLUX.1-dev
 PEAK_TOLERANCE = 0.1
 # What CUDA, Triton, cuBLAS and cuDNN say, whose allocations are not PyTorch's.
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
@@ -91,7 +91,8 @@ class ModelMemory:
         self.residency = residency
         self.inventory, self._free_bytes, self._ram = inventory, free_bytes, ram
         self._host = measure_host()
-        self._budget: Budget | None = None
+        self._budget: Budget | None = None  # what was set, less what was learnt since
+        self._set_budget: Budget | None = None
         self._phases: set[Phase] = set()
         self._was_least = False
         self.num_shrinks = 0
@@ -116,7 +117,8 @@ class ModelMemory:
         Raises:
             InputError: as `plan_within`.
         """
-        self._budget, self.plan = self._budget_of(vram), None
+        self._budget = self._set_budget = self._budget_of(vram)
+        self.plan = None
         if self.residency is not None:
             # The plan keeps to the budget. The cap is for what the allocator holds beside it, and
             # leaves that room: libraries choose other ways, with other results, where it is tight.
@@ -174,7 +176,7 @@ class ModelMemory:
             return
         plan = before = self.plan
         if plan is None or plan.workload != workload:
-            self.plan = plan = make_plan(self.inventory, workload, self._budget)
+            self.plan = plan = self._plan_for(self.inventory, workload, self._budget)
             if before is None or not _is_same_step(before, plan) or not _has_room_for_graph(plan):
                 self._graph = None
             self._has_graphs = True
@@ -182,6 +184,16 @@ class ModelMemory:
         self._was_least = False
         self.residency.device.reset_peak()
         self.residency.adopt(plan)
+
+    def _plan_for(self, inventory: Inventory, workload: Workload, learnt: Budget) -> Plan:
+        """Within what was learnt; where that is too little, within what was set: it may be free."""
+        try:
+            return make_plan(inventory, workload, learnt)
+        except DoesNotFitError:
+            if self._set_budget in (None, learnt):
+                raise
+        self._budget = self._set_budget
+        return make_plan(inventory, workload, self._set_budget)
 
     @contextlib.contextmanager
     def phase(self, name: Phase, *, num_passes: int = 1) -> Iterator[None]:

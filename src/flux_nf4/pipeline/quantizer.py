@@ -114,11 +114,17 @@ class ParallelQuantizer:
         try:
             parts = list(self._pool.map(self._quantize_chunk, chunks))
         except InputError as error:
-            raise FormatError(f"`{name}`: {error.message}", hint=error.hint) from error
-        absmax = torch.cat([part.float_absmax() for part in parts])
+            num_bad = matrix.numel() - int(matrix.float().isfinite().sum())  # in all chunks
+            found = f"{num_bad} of {matrix.numel()} values are NaN or infinite in float32"
+            raise FormatError(
+                f"`{name}`: {found if num_bad else error.message}", hint=error.hint
+            ) from error
+        absmax_G = torch.cat([part.float_absmax() for part in parts])
+        # The last bits of a mean depend on how many of PyTorch's threads share it: here, one.
+        nested = self._pool.submit(nest_absmax, absmax_G) if settings.format == "v1" else None
         return NF4Weight(
             codes=torch.cat([part.codes for part in parts]),
-            absmax=nest_absmax(absmax) if settings.format == "v1" else absmax,
+            absmax=absmax_G if nested is None else nested.result(),
             shape=(matrix.shape[0], matrix.shape[1]),
             block_size=settings.block_size,
             dtype=parts[0].dtype,

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from fake_device import FakeDevice
-from managed_models import budgets, draw, unmanaged, wish
+from fake_device import Counting, FakeDevice
+from managed_models import PLENTY, budgets, draw, unmanaged, wish
 
+from flux_nf4 import FluxPipeline
 from flux_nf4.errors import DoesNotFitError
 
+CALL = {"width": 128, "height": 128, "num_inference_steps": 1, "max_sequence_length": 8}
 NOTICE = "the device ran out of memory: going on within "
 
 
@@ -98,6 +100,33 @@ def test_memory_that_another_program_takes_is_given_up(open_on, expected):
     assert [notice.startswith(NOTICE) for notice in notices] == [True] * len(notices) != []
     assert model.memory.plan.peak_bytes < kept.peak_bytes
     assert draw(model, wish()) == (expected, [])  # and what was learnt stays
+
+
+def test_a_larger_image_is_planned_within_what_was_set_once_memory_is_free_again(open_on):
+    frugal, large = FakeDevice(), wish(width=512, height=512)
+    draw(open_on(frugal, budgets(open_on(FakeDevice()), wish())[0]), wish())
+    device = FakeDevice()
+    model = open_on(device, PLENTY)
+    images = draw(model, large)[0]
+    draw(model, wish())
+    device.limit = max(device.alive // 2, frugal.peak * 6 // 5)
+    assert draw(model, wish())[1]
+    device.limit = None
+
+    assert draw(model, large)[0] == images
+
+
+def test_pictures_that_are_done_take_no_memory_of_the_device(open_on):
+    """The plan knows of one image. This device counts pictures as well, a byte for each value."""
+    peaks = []
+    for num_images in (1, 65):
+        device = FakeDevice()
+        pipeline = FluxPipeline(open_on(device, PLENTY))
+        with Counting(device):
+            found = pipeline("a cat", num_images_per_prompt=num_images, **CALL)
+        assert len(found.images) == num_images
+        peaks.append(device.peak)
+    assert peaks[1] <= peaks[0] + 64 * (3 * 128 * 128)
 
 
 def test_images_at_once_become_fewer_where_they_do_not_fit(open_on):

@@ -59,7 +59,7 @@ def test_schnell_embeds_no_guidance(tiny_schnell):
 def test_a_limit_that_a_cpu_does_not_heed_is_told(tiny_folder, limit):
     model = load_model(tiny_folder, dataclasses.replace(CPU, **limit))
 
-    assert "limits of memory are not used: the device is the CPU" in model.notes
+    assert "limits of memory are not used: the device is `cpu`" in model.notes
 
 
 def test_missing_parts_are_named(tmp_path):
