@@ -6,7 +6,7 @@ PyTorch with schemas, and with fake kernels that check the arguments and compute
 
 | tensors on | runs                                                                   |
 |------------|------------------------------------------------------------------------|
-| CUDA       | `triton_kernels`, `triton_int8`; without Triton the reference           |
+| CUDA       | `triton_kernels`, `triton_int8`; without Triton the reference          |
 | elsewhere  | `reference`, and `eight_bit` for products in 8 bits                    |
 
 `expand_for_product` and `multiply` are plain functions, for layers that run eagerly hundreds of
